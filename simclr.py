@@ -1,0 +1,273 @@
+"""SimCLR (Chen et al. 2020, https://arxiv.org/abs/2002.05709), whole.
+
+Take a batch of images and draw two random views of each. Of all other views in the batch, one shows
+the same image and the rest show other ones: the network must tell which. It does so by giving the
+two views of an image similar embeddings and all other pairs dissimilar ones, so what survives is
+what cropping and colour changes leave alone: the content. The batch itself supplies the negatives,
+which is why larger ones help. The head is thrown away afterwards: the layer below is the feature.
+
+Eq. 1 is the loss, NT-Xent. N batch, D projection; h = backbone(x), z = projector(h); 2N views.
+    python simclr.py --epochs 10                    # MINUTES
+    python linear_eval.py --weights simclr.pt       # RESULT
+Unlike the paper: SGD, not LARS, as the batch is 512, not 4,096; no blur, as the images are small;
+mild crops (0.3 to 1 of the area, not 0.08), chosen on held-out training images.
+"""
+
+# === shared: imports ===
+import argparse
+import io
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms.v2.functional import rgb_to_grayscale
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from common import BACKBONES, DATASETS, build_backbone, load_dataset
+from linear_eval import extract_features, knn_accuracy, load_encoder
+
+# === method: constants ===
+METHOD = "simclr"
+TRAINED = ("backbone", "projector")  # what the optimizer moves: everything
+# The views of SimCLR's appendix A at half strength, less the blur, which 28 pixels cannot spare.
+VIEW_1 = dict(crop_scale=(0.3, 1.0), jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4,
+              hue=0.1, grayscale=0.2, solarize=0.0)
+VIEW_2 = VIEW_1
+
+# === shared: options ===
+def within(low, high=10**9, kind=int):
+    """Return an argparse type: a number from `low` to `high`, both included, and not NaN."""
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
+        return kind(text)
+    return number
+
+def parse_args(argv=None):
+    """Read the command line, or the list of strings `argv`."""
+    parser = argparse.ArgumentParser(f"{METHOD}.py", argparse.SUPPRESS, __doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.set_defaults(method=METHOD)
+    add = parser.add_argument
+    add("--dataset", default="fashion-mnist", help=f"{', '.join(DATASETS)}, or a folder: README")
+    add("--data-dir", default="data", help="folder that has, or gets, a named dataset's files")
+    add("--image-size", type=within(8, 1024), default=32, help="pixels, for a folder's images")
+    add("--backbone", choices=BACKBONES, help="unset: convnet for fashion-mnist, else resnet18")
+    add("--epochs", type=within(1), default=100, help="passes over the training images")
+    add("--batch-size", type=within(2), default=512, help="images a step, two views each")
+    add("--lr", type=within(1e-9, kind=float), help="peak learning rate per 256 images a step")
+    add("--weight-decay", type=within(0, kind=float), default=5e-4, help="on weights only")
+    add("--warmup-epochs", type=within(0, kind=float), default=1, help="epochs of linear warm-up")
+    add("--seed", type=within(0), default=0, help="of weights, order and views")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda, cpu")
+    add("--compile", action="store_true", help="torch.compile the networks: slow start, then fast")
+    add("--knn-every", type=within(0), default=5, help="epochs between kNN tests; 0: none")
+    add("--max-steps", type=within(1), help="stop after so many steps, for a trial")
+    add("--preview", metavar="PNG", help="first save 16 images with their two views here")
+    add("--out", default=f"{METHOD}.pt", help="checkpoint; the curves go beside it, as .csv")
+    add("--overwrite", action="store_true", help="start anew although --out exists")
+    add("--resume", nargs="?", const="", metavar="PATH", help="go on from PATH, or from --out")
+    # === method: options ===
+    parser.set_defaults(lr=0.25)
+    add("--temperature", type=within(1e-3, 100, float), default=0.2, help="tau of Eq. 1")
+    add("--hidden-dim", type=within(1), default=512, help="of the projector; 2048 in SimCLR")
+    add("--projection-dim", type=within(1), default=128, help="D; 128 in SimCLR")
+    # === shared: resolve options ===
+    args = parser.parse_args(argv)
+    args.backbone = args.backbone or ("convnet" if args.dataset == "fashion-mnist" else "resnet18")
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = auto if args.device == "auto" else args.device
+    if not torch.get_device_module(args.device).is_available():
+        parser.error(f"--device {args.device}: PyTorch finds none here, use --device cpu")
+    return args
+
+# === shared: augment ===
+def augment(images, crop_scale, jitter, brightness, contrast, saturation, hue, grayscale, solarize,
+            generator=None):
+    """Draw a view of each image (N, C, H, W), float in [0, 1] in and out, with draws of its own.
+    `crop_scale` is the range of the crop's share of the area; `jitter`, `grayscale` and `solarize`
+    are probabilities; the other four are the strengths of torchvision's ColorJitter."""
+    n, channels, rows, columns = images.shape
+    def uniform(low, high):  # (N, 1, 1, 1): one draw per image
+        draws = torch.rand(n, 1, 1, 1, generator=generator, device=images.device)
+        return low + (high - low) * draws
+    area = uniform(*crop_scale)
+    limit = (-area.log()).clamp(max=math.log(4 / 3))  # aspect 3/4 to 4/3, as far as it fits in
+    aspect = (limit * uniform(-1, 1)).exp()
+    height, width = rows * (area / aspect).sqrt(), columns * (area * aspect).sqrt()
+    top, left = uniform(0, 1) * (rows - height), uniform(0, 1) * (columns - width)
+    images = resized_crop(images, top, left, height, width, mirror=uniform(0, 1) < 0.5)
+    jitter = (uniform(0, 1) < jitter).float()
+    images = (images * (1 + jitter * uniform(-brightness, brightness))).clamp(0, 1)
+    mean = rgb_to_grayscale(images).mean(dim=(2, 3), keepdim=True)  # (N, 1, 1, 1)
+    images = torch.lerp(mean, images, 1 + jitter * uniform(-contrast, contrast)).clamp(0, 1)
+    if channels == 3:
+        saturation = 1 + jitter * uniform(-saturation, saturation)
+        saturation = saturation * (uniform(0, 1) >= grayscale)  # grey is without saturation
+        images = torch.lerp(rgb_to_grayscale(images), images, saturation).clamp(0, 1)
+        images = shift_hue(images, jitter * uniform(-hue, hue))
+    return torch.where((uniform(0, 1) < solarize) & (images >= 0.5), 1 - images, images)
+
+def resized_crop(images, top, left, height, width, mirror):
+    """Resize a box of each image, (N, 1, 1, 1) pixels, bilinearly to H x W and mirror it or not.
+    A new row mixes two old ones: two matrix products, on a CPU ten times as fast as grid_sample."""
+    def mixture(start, length, size):  # (N, 1, size, size): share of old pixel j in new pixel i
+        pixels = torch.arange(size, device=images.device)
+        source = start + (pixels[:, None] + 0.5) * length / size - 0.5  # (N, 1, size, 1)
+        source = source.clamp(start, start + (length - 1).clamp(min=0))
+        return (1 - (source - pixels).abs()).clamp(min=0)
+    rows, columns = mixture(top, height, images.shape[2]), mixture(left, width, images.shape[3])
+    return rows @ images @ torch.where(mirror, columns.flip(2), columns).transpose(2, 3)
+
+def shift_hue(images, shift):
+    """Turn the hue of RGB images by `shift` (N, 1, 1, 1), -0.5 to 0.5 of the colour circle."""
+    red, green, blue = images.split(1, dim=1)
+    value = images.amax(dim=1, keepdim=True)
+    chroma = value - images.amin(dim=1, keepdim=True)
+    safe = chroma.clamp(min=1e-8)  # grey has any hue
+    hue = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    hue = torch.where(value == red, (green - blue) / safe, hue) + 6 * shift  # sixths of the circle
+    sixths = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6  # as seen from red, green, blue
+    return value - chroma * torch.minimum(sixths, 4 - sixths).clamp(0, 1)
+
+# === method: networks ===
+def mlp(in_dim, hidden_dim, out_dim):
+    """Projector: linear, BatchNorm, ReLU, linear (SimCLR section 2.1)."""
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim),
+                         nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim))
+
+def build_model(backbone, args):
+    """Return the backbone (f in the paper) and the projector (g)."""
+    projector = mlp(backbone.feature_dim, args.hidden_dim, args.projection_dim)
+    return nn.ModuleDict({"backbone": backbone, "projector": projector})
+
+# === method: loss ===
+def nt_xent(z1, z2, temperature):
+    """Mean cross-entropy of finding each view's partner among 2N - 1 others (SimCLR Eq. 1).
+    z1, z2 (N, D) float, row i of both from image i; log(2N - 1) when all embeddings are equal."""
+    n = len(z1)
+    z = F.normalize(torch.cat([z1, z2]), dim=1)  # (2N, D)
+    logits = z @ z.T / temperature  # (2N, 2N)
+    itself = torch.eye(2 * n, dtype=torch.bool, device=z.device)
+    logits = logits.masked_fill(itself, -math.inf)  # a view is not its own negative
+    partner = torch.arange(2 * n, device=z.device).roll(n)  # N rows further, or back
+    return F.cross_entropy(logits, partner)
+
+# === method: step ===
+def train_step(model, optimizer, x1, x2, progress, args):
+    """Learn from two views (N, C, H, W) at `progress` (0 to 1) of the run: loss, z1 (N, D)."""
+    with torch.autocast(x1.device.type, torch.bfloat16, enabled=x1.is_cuda):
+        h = model["backbone"](torch.cat([x1, x2]))  # (2N, feature_dim): BatchNorm sees all views
+        z1, z2 = model["projector"](h).chunk(2)  # (N, D)
+    loss = nt_xent(z1.float(), z2.float(), args.temperature)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), z1.detach()
+
+# === shared: monitor and checkpoint ===
+def z_std(z):
+    """Return the spread of l2-normalised z (N, D): 1 healthy, 0 collapsed (SimSiam Fig. 2)."""
+    return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
+
+def save(path, checkpoint):
+    """Write the checkpoint and its metrics as .csv; a kill leaves the old or the new, whole."""
+    buffer, log = io.BytesIO(), checkpoint["metrics"]
+    torch.save(checkpoint, buffer)
+    table = "".join(",".join(map(str, x)) + "\n" for x in [log[0], *(row.values() for row in log)])
+    for file, data in ((path, buffer.getvalue()), (path.with_suffix(".csv"), table.encode())):
+        Path(f"{file}.tmp").write_bytes(data)
+        os.replace(f"{file}.tmp", file)
+
+# === shared: main ===
+def main(argv=None):
+    """Train as the command line, or the list `argv`, says."""
+    args = parse_args(argv)
+    out = Path(args.out)
+    if out.exists() and not args.overwrite and args.resume is None:
+        raise ValueError(f"{out} exists: go on with --resume or replace it with --overwrite")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written: name a file in a folder of yours")
+    saved = dict(args={}) if args.resume is None else load_encoder(args.resume or out)[1]
+    free = "data_dir device compile knn_every preview out overwrite resume".split()
+    other = {k: v for k, v in saved["args"].items() if k not in free and vars(args).get(k) != v}
+    if other:
+        raise ValueError(f"{args.resume or out} was made with {other}: --resume needs the same")
+    data = load_dataset(args.dataset, args.data_dir, args.image_size)
+    images = data.train_images.to(args.device)  # (n, C, H, W) uint8: all of it stays on the device
+    mean, std = (x.to(args.device).view(-1, 1, 1) for x in (data.mean, data.std))
+    steps_per_epoch = len(images) // args.batch_size  # a last short batch is left out
+    if steps_per_epoch == 0:
+        raise ValueError(f"--batch-size {args.batch_size} is above the {len(images)} images")
+    total_steps, warmup_steps = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
+    torch.manual_seed(args.seed)  # for the weights
+    generator = torch.Generator(args.device).manual_seed(args.seed)  # for the order and the views
+    backbone = build_backbone(args.backbone, images.shape[1], images.shape[3])
+    model = build_model(backbone, args).to(args.device)
+    groups = [dict(params=[p for p in model[name].parameters() if (p.ndim > 1) == decays],
+                   weight_decay=decays * args.weight_decay, name=name)  # no decay of biases and
+              for name in TRAINED for decays in (True, False)]  # BatchNorm: it simplifies nothing
+    peak_lr = args.lr * args.batch_size / 256
+    optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9)
+    metrics, begin, stop = [], 0, min(args.max_steps or total_steps, total_steps)
+    if args.resume is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        generator.set_state(saved["rng"])
+        metrics, begin = saved["metrics"], saved["step"]
+    [network.compile() for network in model.values() if args.compile]
+    if args.preview:
+        sample, draws = images[:16].float() / 255, torch.Generator(args.device).manual_seed(0)
+        rows = [sample] + [augment(sample, **view, generator=draws) for view in (VIEW_1, VIEW_2)]
+        save_image(F.interpolate(torch.cat(rows), scale_factor=3), args.preview, nrow=16)
+    bar = tqdm(range(begin, stop), initial=begin, total=stop, unit=" images",
+               unit_scale=args.batch_size, disable=None)  # None: shown only on a terminal
+    for step in bar:
+        i = step % steps_per_epoch
+        if i == 0:  # a new epoch: a new order of the images, and sums of loss and z_std
+            order = torch.randperm(len(images), generator=generator, device=args.device)
+            sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
+        batch = images[order[i * args.batch_size:(i + 1) * args.batch_size]].float() / 255
+        x1 = (augment(batch, **VIEW_1, generator=generator) - mean) / std  # (N, C, H, W)
+        x2 = (augment(batch, **VIEW_2, generator=generator) - mean) / std
+        lr = peak_lr * (1 + math.cos(math.pi * step / total_steps)) / 2  # half a cosine, to 0
+        lr *= min(1, (step + 1) / max(1, warmup_steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss, z = train_step(model, optimizer, x1, x2, step / total_steps, args)
+        sums += torch.stack([loss, z_std(z)])
+        if i % 20 == 0 and not bar.disable:  # not at each step: reading waits for the device
+            bar.set_postfix(loss=loss.item(), lr=lr)
+        if i + 1 < steps_per_epoch and step + 1 < stop:
+            continue
+        loss, spread = (sums / (i + 1)).tolist()
+        seconds, epoch, knn = time.perf_counter() - begun, step // steps_per_epoch + 1, ""
+        if not math.isfinite(loss):
+            raise ValueError(f"loss {loss} in epoch {epoch} at learning rate {lr:.2g}: lower --lr")
+        if args.knn_every and (epoch % args.knn_every == 0 or step + 1 == total_steps):
+            bank, queries = (extract_features(backbone, x, mean, std)
+                             for x in (data.train_images, data.test_images))
+            knn = knn_accuracy(bank, data.train_labels, queries, data.test_labels)
+        metrics.append(dict(
+            epoch=epoch, step=step + 1, loss=loss, lr=lr, z_std=spread, knn=knn,
+            images_per_second=(i + 1) * args.batch_size / seconds, seconds=seconds))
+        save(out, dict(
+            format=1, method=METHOD, backbone=args.backbone, in_channels=images.shape[1],
+            image_size=images.shape[3], dataset=args.dataset, args=vars(args), epoch=epoch,
+            step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
+            rng=generator.get_state(), metrics=metrics))
+        with bar.external_write_mode():
+            print("  ".join(f"{k} {v:.4g}" for k, v in metrics[-1].items() if v != ""), flush=True)
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        argparse.ArgumentParser().exit(130, "stopped: --resume goes on from the last checkpoint\n")
+    except (ValueError, OSError) as error:
+        argparse.ArgumentParser().exit(2, f"{METHOD}.py: error: {error}\n")

@@ -1,0 +1,227 @@
+"""Data sets and backbones: what is loaded, and what is said when it cannot be."""
+
+import gzip
+import pickle
+import shutil
+import urllib.error
+
+import common
+import pytest
+import torch
+import torchvision
+from conftest import write_fashion_mnist
+from PIL import Image
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No Debian package and no network."""
+
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(common, "DEBIAN_FASHION_MNIST", common.Path("no-such-folder"))
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+def image_folder(folder, classes=("cat", "dog"), n=3, size=(20, 20)):
+    for split in ("train", "test"):
+        for label, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(n):
+                image = Image.new("RGB", size, (40 * label + i, 100, 200))
+                image.save(folder / split / name / f"{i}.png")
+    return folder
+
+
+def test_fashion_mnist_is_real(fashion_mnist):
+    data = fashion_mnist
+    assert data.train_images.shape == (60_000, 1, 28, 28)
+    assert data.test_images.shape == (10_000, 1, 28, 28)
+    assert data.train_images.dtype == torch.uint8 and data.train_labels.dtype == torch.int64
+    assert data.train_labels.bincount().tolist() == [6000] * 10
+    assert data.test_labels.bincount().tolist() == [1000] * 10
+    assert data.mean.item() == pytest.approx(0.2860, abs=2e-3)  # the figures that all quote
+    assert data.std.item() == pytest.approx(0.3530, abs=2e-3)
+    assert data.train_labels[:3].tolist() == [9, 0, 0]  # the first three: a boot, two T-shirts
+    assert len(data.classes) == 10
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("below", ["", "FashionMNIST/raw"])
+def test_fashion_mnist_from_data_dir(tmp_path, offline, packed, below):
+    folder = write_fashion_mnist(tmp_path / below, 20, 10)
+    if packed:
+        for path in list(folder.glob("*ubyte")):
+            (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+    data = common.load_dataset("fashion-mnist", tmp_path)
+    assert data.train_images.shape == (20, 1, 28, 28) and data.test_labels.shape == (10,)
+    assert data.train_labels.tolist() == [i % 10 for i in range(20)]
+    assert data.train_images[3, 0, 10].min() >= 150  # the bright row of class 3
+
+
+def test_data_dir_comes_before_the_debian_package(tmp_path, fashion_mnist):
+    write_fashion_mnist(tmp_path, 20, 10)
+    assert len(common.load_dataset("fashion-mnist", tmp_path).train_images) == 20
+
+
+def test_nothing_to_load_says_what_to_do(tmp_path, offline):
+    with pytest.raises(ValueError, match="apt-get install dataset-fashion-mnist") as error:
+        common.load_dataset("fashion-mnist", tmp_path)
+    assert "train-images-idx3-ubyte" in str(error.value) and str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
+def test_truncated_file_is_named(tmp_path, offline, packed, share):
+    write_fashion_mnist(tmp_path, 20, 10)
+    path = tmp_path / "train-images-idx3-ubyte"
+    data = gzip.compress(path.read_bytes()) if packed else path.read_bytes()
+    path.unlink()
+    path = tmp_path / f"{path.name}{'.gz' if packed else ''}"
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ValueError, match="delete it and get it again") as error:
+        common.load_dataset("fashion-mnist", tmp_path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_part_is_named(tmp_path, offline):
+    write_fashion_mnist(tmp_path, 20, 10)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte"):
+        common.load_dataset("fashion-mnist", tmp_path)
+
+
+def test_images_and_labels_must_match(tmp_path, offline):
+    write_fashion_mnist(tmp_path, 20, 10)
+    shutil.copy(tmp_path / "t10k-labels-idx1-ubyte", tmp_path / "train-labels-idx1-ubyte")
+    with pytest.raises(ValueError, match="do not match"):
+        common.load_dataset("fashion-mnist", tmp_path)
+
+
+def write_cifar(folder, kind, n=10):
+    """Write files in CIFAR's format under the names that torchvision looks for."""
+    base = folder / kind.base_folder
+    base.mkdir()
+    fine = "labels" if kind is torchvision.datasets.CIFAR10 else "fine_labels"
+    for i, (name, _) in enumerate(kind.train_list + kind.test_list):
+        pixels = torch.arange(n * 3072).remainder(251).to(torch.uint8).view(n, 3072) + i
+        batch = {"data": pixels.numpy(), fine: [j % 10 for j in range(n)]}
+        (base / name).write_bytes(pickle.dumps(batch))
+    key = kind.meta["key"]
+    meta = pickle.dumps({key: [f"class {i}" for i in range(10)]})
+    (base / kind.meta["filename"]).write_bytes(meta)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_files(tmp_path, monkeypatch, name):
+    kind = getattr(torchvision.datasets, name.upper())
+    write_cifar(tmp_path, kind)
+    for parts in ("train_list", "test_list"):  # their MD5 is not that of the real files
+        monkeypatch.setattr(kind, parts, [[file, None] for file, _ in getattr(kind, parts)])
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": None})
+    data = common.load_dataset(name, tmp_path)
+    assert data.train_images.shape == (10 * len(kind.train_list), 3, 32, 32)
+    assert data.test_images.shape == (10, 3, 32, 32) and data.train_images.dtype == torch.uint8
+    assert data.train_labels[:10].tolist() == list(range(10))
+    plane = torch.arange(3072).remainder(251).to(torch.uint8).view(3, 32, 32)
+    assert torch.equal(data.train_images[0], plane)  # channels first, rows and columns in place
+
+
+def test_stl10_files(tmp_path, monkeypatch):
+    kind = torchvision.datasets.STL10
+    base = tmp_path / kind.base_folder
+    base.mkdir()
+    for name, n in (("train", 10), ("test", 10), ("unlabeled", 5)):
+        pixels = torch.zeros(n, 3, 96, 96, dtype=torch.uint8)
+        pixels[:, 0, 0, 1] = 7  # STL stores columns first: row 1, column 0 of the picture
+        (base / f"{name}_X.bin").write_bytes(pixels.numpy().tobytes())
+        if name != "unlabeled":
+            (base / f"{name}_y.bin").write_bytes(bytes(i + 1 for i in range(10)))
+    (base / "class_names.txt").write_text("\n".join(f"c{i}" for i in range(10)))
+    for parts in ("train_list", "test_list"):
+        monkeypatch.setattr(kind, parts, [[file, None] for file, _ in getattr(kind, parts)])
+    data = common.load_dataset("stl10", tmp_path)
+    assert data.train_images.shape == (15, 3, 96, 96)
+    assert data.train_labels.tolist() == [*range(10), *[-1] * 5]
+    assert data.test_labels.tolist() == list(range(10))
+    assert data.train_images[0, 0, 1, 0] == 7
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
+def test_failed_download_is_one_sentence(tmp_path, offline, name):
+    with pytest.raises(ValueError, match=f"{name} is not whole in .* no network"):
+        common.load_dataset(name, tmp_path)
+
+
+def test_damaged_cifar_is_not_loaded(tmp_path, offline):
+    write_cifar(tmp_path, torchvision.datasets.CIFAR10)  # the real MD5 does not fit
+    with pytest.raises(ValueError, match="cifar10 is not whole"):
+        common.load_dataset("cifar10", tmp_path)
+
+
+def test_folder(tmp_path):
+    data = common.load_dataset(str(image_folder(tmp_path, ("cat", "dog", "élan 2"))), "data", 16)
+    assert data.train_images.shape == (9, 3, 16, 16) and data.train_images.dtype == torch.uint8
+    assert data.train_labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert data.classes == ("cat", "dog", "élan 2")
+    assert data.train_images[4, :, 8, 8].tolist() == [41, 100, 200]
+
+
+def test_folder_keeps_the_pixels_of_its_own_size(tmp_path):
+    folder = image_folder(tmp_path, size=(8, 8))
+    pixels = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
+    torchvision.io.write_png(pixels, str(folder / "train/cat/0.png"))
+    assert torch.equal(common.load_dataset(str(folder), "data", 8).train_images[0], pixels)
+
+
+@pytest.mark.parametrize(
+    "break_it, message",
+    [
+        (lambda f: shutil.rmtree(f / "train" / "dog"), "two classes or more"),
+        (lambda f: shutil.rmtree(f / "test" / "dog"), "holds no images"),
+        (lambda f: (f / "test" / "bird").mkdir(), "no counterpart"),
+        (lambda f: (f / "train/cat/1.png").write_bytes(b"no image"), "1.png is not an image"),
+        (lambda f: (f / "train/cat/1.png").write_bytes(b""), "1.png is not an image"),
+        (lambda f: (f / "train/cat/notes.txt").write_text("hello"), "notes.txt is not an image"),
+    ],
+)
+def test_broken_folder_is_named(tmp_path, break_it, message):
+    folder = image_folder(tmp_path)
+    break_it(folder)
+    with pytest.raises(ValueError, match=message):
+        common.load_dataset(str(folder), "data")
+
+
+def test_unknown_dataset_is_named():
+    with pytest.raises(ValueError, match="--dataset mnist is neither"):
+        common.load_dataset("mnist", "data")
+
+
+@pytest.mark.parametrize("size", [28, 32, 64, 96])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", common.BACKBONES)
+def test_backbone_shapes(name, channels, size):
+    backbone = common.build_backbone(name, channels, size).eval()
+    expected = {"convnet": 2048, "resnet18": 512, "resnet50": 2048}[name]
+    with torch.no_grad():
+        assert backbone(torch.rand(2, channels, size, size)).shape == (2, expected)
+    assert backbone.feature_dim == expected
+    weights = [p for p in backbone.parameters() if p.ndim == 4]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+
+
+def test_stem_follows_the_image_size():
+    small, large = (common.build_backbone("resnet18", 3, size) for size in (64, 96))
+    assert small.conv1.stride == (1, 1) and small.conv1.kernel_size == (3, 3)
+    assert isinstance(small.maxpool, torch.nn.Identity)
+    stock = torchvision.models.resnet18()
+    assert large.conv1.kernel_size == stock.conv1.kernel_size == (7, 7)
+    assert isinstance(large.maxpool, torch.nn.MaxPool2d)
+
+
+def test_unknown_backbone_is_named():
+    with pytest.raises(ValueError, match="vgg is not one of"):
+        common.build_backbone("vgg", 3)
