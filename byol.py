@@ -150,8 +150,8 @@ def build_model(backbone, args):
     projector = mlp(backbone.feature_dim, args.hidden_dim, args.projection_dim)
     predictor = mlp(args.projection_dim, args.hidden_dim, args.projection_dim)
     target = deepcopy(nn.Sequential(backbone, projector))  # equal at first; no predictor
-    return nn.ModuleDict({"backbone": backbone, "projector": projector,
-                          "predictor": predictor, "target": target})
+    return nn.ModuleDict({"backbone": backbone, "projector": projector, "predictor": predictor,
+                          "target": target})
 
 # === method: loss ===
 def regression_loss(p, z):

@@ -39,11 +39,13 @@ def load_encoder(path):
         raise FileNotFoundError(f"{path} does not exist: train first or correct the path") from None
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder: name the checkpoint in it") from None
-    except pickle.UnpicklingError as error:
-        reason = "would run code" if "Unsupported" in str(error) else "is no PyTorch file"
-        raise ValueError(f"{path} {reason} and was not loaded: name a checkpoint (.pt)") from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or cut short: train it again") from error
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way that unpickling can
+        reason = "is damaged, cut short or no PyTorch file"
+        if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
+            reason = "would run code on loading, or holds more than tensors and numbers"
+        raise ValueError(f"{path} {reason}: name a checkpoint of these scripts") from error
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise ValueError(f"{path} was not written by these training scripts: name one that was")
     if checkpoint["format"] != FORMAT:

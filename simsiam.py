@@ -157,9 +157,9 @@ def negative_cosine(p, z):
 # === method: step ===
 def train_step(model, optimizer, x1, x2, progress, args):
     """Learn from two views (N, C, H, W) at `progress` (0 to 1) of the run: loss, z1 (N, D)."""
-    encoder = nn.Sequential(model["backbone"], model["projector"])
+    online = nn.Sequential(model["backbone"], model["projector"])
     with torch.autocast(x1.device.type, torch.bfloat16, enabled=x1.is_cuda):
-        z1, z2 = encoder(x1), encoder(x2)  # (N, D)
+        z1, z2 = online(x1), online(x2)  # (N, D)
         p1, p2 = model["predictor"](z1), model["predictor"](z2)  # (N, D)
     # What one view predicts is the embedding of the other view.
     loss = negative_cosine(p1.float(), z2.float()) / 2 + negative_cosine(p2.float(), z1.float()) / 2

@@ -1,13 +1,9 @@
-"""Short runs on the real Fashion-MNIST: the methods learn, and one that must collapse does."""
-
-import csv
+"""Short runs on the real Fashion-MNIST: what is learnt is more than random weights give."""
 
 import common
 import linear_eval
 import pytest
-import simsiam
 import torch
-import torch.nn.functional as F
 from conftest import METHODS
 
 RUN = ["--epochs", "1", "--batch-size", "256", "--knn-every", "0"]
@@ -45,20 +41,3 @@ def test_one_epoch_beats_random_weights(name, probe, random_init, tmp_path):
     __import__(name).main([*RUN, "--out", str(out)])
     learnt = probe(linear_eval.load_encoder(out)[0])
     assert learnt > random_init + 0.5
-
-
-def test_simsiam_without_stop_gradient_collapses(fashion_mnist, tmp_path, monkeypatch):
-    """The negative control: z_std shows what the loss, which becomes perfect, hides."""
-    spreads, losses = [], []
-    for collapse in (False, True):
-        if collapse:
-            monkeypatch.setattr(
-                simsiam, "negative_cosine", lambda p, z: -F.cosine_similarity(p, z).mean()
-            )
-        out = tmp_path / f"{collapse}.pt"
-        simsiam.main([*RUN, "--max-steps", "100", "--out", str(out)])
-        row = list(csv.DictReader(open(out.with_suffix(".csv"))))[-1]
-        spreads.append(float(row["z_std"]))
-        losses.append(float(row["loss"]))
-    assert spreads[0] > 0.5 and spreads[1] < 0.3
-    assert losses[1] < losses[0]

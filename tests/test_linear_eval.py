@@ -108,10 +108,10 @@ def bad_weights(kind, path, good):
 BAD = {
     "missing": "does not exist",
     "folder": "is a folder",
-    "truncated": "damaged or cut short",
-    "half": "damaged or cut short",
-    "empty": "damaged or cut short",
-    "text": "is no PyTorch file",
+    "truncated": "is damaged, cut short or no PyTorch file",
+    "half": "is damaged, cut short or no PyTorch file",
+    "empty": "is damaged, cut short or no PyTorch file",
+    "text": "is damaged, cut short or no PyTorch file",
     "state dict": "was not written by these training scripts",
     "tensor": "was not written by these training scripts",
     "pickle": "would run code",
@@ -200,8 +200,8 @@ def test_knn_ignores_unlabelled_images():
 
 @pytest.mark.parametrize("n, dim", [(60, 100), (400, 30), (2400, 20)])
 def test_probe_agrees_with_scikit_learn(n, dim):
-    train, train_labels = clusters(n, dim)
-    test, test_labels = clusters(2000, dim, seed=1)
+    train, train_labels = clusters(n, dim, spread=dim**0.5 / 2)
+    test, test_labels = clusters(2000, dim, seed=1, spread=dim**0.5 / 2)
     predictions, strength = linear_eval.linear_probe(train, train_labels, test, 4)
     a, b = F.normalize(train, dim=1), F.normalize(test, dim=1)
     reference = LogisticRegression(C=strength, max_iter=5000, tol=1e-8).fit(a, train_labels)

@@ -249,9 +249,9 @@ def test_only_simsiams_predictor_keeps_its_learning_rate(name):
     assert kept == (["predictor"] if name == "simsiam" else [])
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ["simclr", "byol", "simsiam"])
 def test_steps_learn(name):
-    """On one pair of views, repeated, the loss falls."""
+    """On one pair of views, repeated, the loss falls (MoCo's queue would fill with that pair)."""
     model, args = build(name, momentum=0.99)
     sgd = optimizer(name, model, lr=0.05)
     losses = [SCRIPTS[name].train_step(model, sgd, *views(16), 0, args)[0] for _ in range(15)]
