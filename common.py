@@ -247,9 +247,9 @@ def build_backbone(name, in_channels, image_size=32):
                 nn.ReLU(inplace=True),
             ]
             channels = width
-        backbone = nn.Sequential(
-            *layers, nn.AdaptiveAvgPool2d(4), nn.Flatten()
-        )  # 4 x 4 is what 28 and 32 px leave
+        if image_size > 32:  # 28 to 32 pixels come out as 4 x 4 by themselves
+            layers.append(nn.AdaptiveAvgPool2d(4))
+        backbone = nn.Sequential(*layers, nn.Flatten())
         backbone.feature_dim = 4 * 4 * 128
     elif name in BACKBONES:
         backbone = getattr(torchvision.models, name)()

@@ -17,7 +17,6 @@ import time
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, f1_score
 from tqdm import tqdm
 
 from common import build_backbone, load_dataset
@@ -81,12 +80,16 @@ def extract_features(encoder, images, mean, std, progress=None):
     device, mean, std = mean.device, mean.view(-1, 1, 1), std.view(-1, 1, 1)
     was_training = encoder.training
     encoder.eval()
-    features = []
+    features, done = None, 0
     batches = images.split(500)
     for batch in tqdm(batches, progress, disable=None if progress else True, leave=False):
-        features.append(encoder((batch.to(device).float() / 255 - mean) / std).float())
+        some = encoder((batch.to(device).float() / 255 - mean) / std).float()
+        if features is None:  # filled in place: joining a list would need twice the memory
+            features = some.new_empty(len(images), some.shape[1])
+        features[done : done + len(some)] = some
+        done += len(some)
     encoder.train(was_training)
-    return torch.cat(features)
+    return features
 
 
 @torch.no_grad()
@@ -105,11 +108,11 @@ def knn_accuracy(
     train_labels, test_labels = train_labels.to(device), test_labels.to(device)
     norms = train_features.norm(dim=1).clamp_min(1e-12)  # a normalised copy would double the memory
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    batches = list(zip(test_features.split(500), test_labels.split(500), strict=True))
+    batches = list(zip(test_features.split(250), test_labels.split(250), strict=True))
     for features, labels in tqdm(
         batches, progress, disable=None if progress else True, leave=False
     ):
-        cosines = (F.normalize(features, dim=1) @ train_features.T).div_(norms)  # (500, n)
+        cosines = (F.normalize(features, dim=1) @ train_features.T).div_(norms)  # (250, n)
         nearest, indices = cosines.topk(k, dim=1)
         votes = torch.zeros(len(features), int(train_labels.max()) + 1, device=device)
         votes.scatter_add_(1, train_labels[indices], (nearest / temperature).exp())
@@ -238,6 +241,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """Print a table of how well pixels, random features and learnt features tell the classes."""
+    from sklearn.metrics import accuracy_score, f1_score  # training scripts need not load these
+
     args = parse_args(argv)
     encoder, checkpoint = load_encoder(args.weights)
     data = load_dataset(checkpoint["dataset"], args.data_dir, checkpoint["image_size"])
