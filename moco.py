@@ -5,8 +5,8 @@ among thousands of keys of other images. Those come from past batches, kept in a
 keys are comparable because their encoder changes slowly: it is a running mean of the query
 encoder's weights, and no gradient flows through it.
 N batch, D projection, K queue; q = projector(backbone(x)), k = key_encoder(x), both of length 1.
-    python moco.py --epochs 10                      # MINUTES
-    python linear_eval.py --weights moco.pt         # RESULT
+    python moco.py --epochs 10
+    python linear_eval.py --weights moco.pt         # not measured yet
 Unlike the paper: momentum 0.99, K 4,096, as the runs are short; no blur; no shuffled BatchNorm.
 """
 

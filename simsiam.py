@@ -8,10 +8,10 @@ long as the stop-gradient is there; the paper's section 5 reads it as alternatin
 
 Eq. 1 is the loss, Eq. 4 its symmetric form. N batch, D projection; h = backbone(x),
 z = projector(h), p = predictor(z).
-    python simsiam.py --epochs 10                   # MINUTES
-    python linear_eval.py --weights simsiam.pt      # RESULT
+    python simsiam.py --epochs 10
+    python linear_eval.py --weights simsiam.pt      # not measured yet
 Unlike the paper: small heads, no blur, no decay of biases and BatchNorm, as in the sibling scripts;
-mild crops (0.3 to 1 of the area, not 0.2), chosen on held-out training images.
+mild crops (0.3 to 1 of the area, not 0.2), as chosen for BYOL on held-out training images.
 """
 
 # === shared: imports ===
