@@ -74,7 +74,7 @@ def parse_args(argv=None):
     add("--overwrite", action="store_true", help="start anew although --out exists")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on from PATH, or from --out")
     # === method: options ===
-    parser.set_defaults(lr=0.1)
+    parser.set_defaults(lr=0.2)
     add("--projection-dim", type=within(1), default=512, help="D; 2048 in SimSiam")
     add("--bottleneck-dim", type=within(1), default=128, help="in the predictor; 512 in SimSiam")
     # === shared: resolve options ===

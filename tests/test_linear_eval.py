@@ -1,13 +1,18 @@
 """The evaluation: features, probe, neighbours, and files that must not be believed."""
 
 import pickle
+import re
+import subprocess
+import sys
 
 import byol
 import common
 import linear_eval
 import pytest
 import torch
+import torchvision
 from conftest import call, run
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
@@ -31,23 +36,179 @@ def accuracy(predictions, labels):
     return 100 * (predictions == labels).double().mean().item()
 
 
+def table(text):
+    """Map the name of each row to its list of words, and give the titles of the columns."""
+    lines = text.splitlines()
+    head = next(i for i, line in enumerate(lines) if "macro-F1    kNN" in line)
+    end = lines.index("", head)
+    rows = [re.split(r" {2,}", line) for line in lines[head + 1 : end]]
+    return {row[0].strip(): row[1:] for row in rows if len(row) > 4}, lines[head].split()
+
+
 def test_program_prints_three_rows(checkpoint, tiny):
     process = run(checkpoint.parent, "linear_eval.py", "--weights", "byol.pt", "--data-dir", tiny)
     assert process.returncode == 0, process.stderr
-    rows = process.stdout.splitlines()
-    names = ("raw pixels", "random init", "byol.pt")
-    found = [next(row for row in rows if row.startswith(name)) for name in names]
-    assert all(row.count("%") == 2 for row in found)
-    assert "320 labelled training images, 100 test images" in process.stdout
-    assert "weights and buffers of the backbone are as they were" in process.stdout
+    rows, titles = table(process.stdout)
+    assert list(rows) == ["raw pixels", "random init", "byol.pt"]
+    assert titles == ["320", "labels", "macro-F1", "kNN", "C", "s"]
+    assert "100 test images" in process.stdout
+    assert "weights and buffers of every frozen backbone are as they were" in process.stdout
+    # What the row says is what the functions say.
+    encoder, _ = linear_eval.load_encoder(checkpoint)
+    data = common.load_dataset("fashion-mnist", tiny)
+    train, test = (
+        linear_eval.extract_features(encoder, images, data.mean, data.std)
+        for images in (data.train_images, data.test_images)
+    )
+    predictions, strength = linear_eval.linear_probe(train, data.train_labels, test, 10)
+    knn = linear_eval.knn_accuracy(train, data.train_labels, test, data.test_labels)
+    found = " ".join(rows["byol.pt"]).split()
+    assert found[0] == f"{accuracy(predictions, data.test_labels):.2f}"
+    assert found[2:4] == [f"{knn:.2f}", str(strength)]
 
 
-def test_program_with_few_labels(checkpoint, tiny, capfd):
-    options = ["--weights", "byol.pt", "--data-dir", tiny, "--labels", "20"]
+def test_several_budgets_and_checkpoints(checkpoint, tiny, capfd):
+    (checkpoint.parent / "second.pt").write_bytes(checkpoint.read_bytes())
+    options = ["--weights", "byol.pt", "second.pt", "--labels", "all", "20"]
+    options += ["--trials", "2", "--data-dir", tiny]
     first, again = (call(capfd, checkpoint.parent, "linear_eval.py", *options) for _ in range(2))
-    assert "20 labelled training images" in first.stdout, first.stderr
-    cut = [[line[:58] for line in p.stdout.splitlines()] for p in (first, again)]  # not the seconds
-    assert cut[0] == cut[1]
+    assert first.returncode == 0, first.stderr
+    rows, titles = table(first.stdout)
+    assert titles[:4] == ["20", "labels", "320", "labels"]
+    assert list(rows) == ["raw pixels", "random init", "byol.pt", "second.pt"]
+    assert all(["±" in cell for cell in row[:2]] == [True, False] for row in rows.values())
+    assert rows["byol.pt"][:4] == rows["second.pt"][:4] == table(again.stdout)[0]["byol.pt"][:4]
+
+
+def test_mean_and_deviation_of_the_draws(checkpoint, tiny, capfd, monkeypatch):
+    data, seen = common.load_dataset("fashion-mnist", tiny), []
+
+    def probe(train, labels, test, n_classes, progress):
+        seen.append(labels)
+        correct = 40 + 10 * (len(seen) % 3)  # percent, of these 100 images
+        return torch.where(torch.arange(100) < correct, data.test_labels, -1), 1
+
+    monkeypatch.setattr(linear_eval, "linear_probe", probe)
+    options = ["--weights", "byol.pt", "--labels", "30", "--data-dir", tiny]
+    rows, _ = table(call(capfd, checkpoint.parent, "linear_eval.py", *options).stdout)
+    assert [row[0] for row in rows.values()] == ["50.00 ± 10.00"] * 3
+    assert len(seen) == 9 and all(labels.bincount().tolist() == [3] * 10 for labels in seen)
+
+
+def test_different_backbones_are_not_compared(checkpoint, tiny, tmp_path, capfd):
+    saved = torch.load(checkpoint, weights_only=True)
+    model = {
+        f"backbone.{k}": v for k, v in common.build_backbone("resnet18", 1).state_dict().items()
+    }
+    torch.save(saved | {"backbone": "resnet18", "model": model}, tmp_path / "other.pt")
+    options = ["--weights", checkpoint, tmp_path / "other.pt", "--data-dir", tiny]
+    process = call(capfd, tmp_path, "linear_eval.py", *options)
+    assert process.returncode == 2 and "other.pt has backbone resnet18" in process.stderr
+
+
+def test_baselines_and_finetuning(checkpoint, tiny, capfd, monkeypatch):
+    calls = []
+    original = linear_eval.train_with_labels
+
+    def watched(backbone, images, labels, *rest):
+        weights = {k: v.clone() for k, v in backbone.state_dict().items()}
+        calls.append((weights, images, labels, rest[3]))
+        return original(backbone, images, labels, *rest)
+
+    monkeypatch.setattr(linear_eval, "train_with_labels", watched)
+    monkeypatch.setattr(linear_eval, "STEPS", 4)
+    options = ["--weights", "byol.pt", "--labels", "20", "--trials", "2", "--data-dir", tiny]
+    process = call(
+        capfd, checkpoint.parent, "linear_eval.py", *options, "--baselines", "--finetune"
+    )
+    assert process.returncode == 0, process.stderr
+    assert list(table(process.stdout)[0])[3:] == ["labels only", "byol.pt fine-tuned"]
+    data = common.load_dataset("fashion-mnist", tiny)
+    encoder, _ = linear_eval.load_encoder(checkpoint)
+    for i, (weights, images, labels, lr) in enumerate(calls):
+        drawn = linear_eval.draw_labels(data.train_labels, 20, seed=i % 2)
+        assert torch.equal(images, data.train_images[drawn])  # these labels and no more
+        assert torch.equal(labels, data.train_labels[drawn])
+        pretrained = all(torch.equal(v, weights[k]) for k, v in encoder.state_dict().items())
+        assert pretrained == (i >= 2)
+        assert lr == (linear_eval.FINETUNE_LR if pretrained else linear_eval.SCRATCH_LR)
+    assert len(calls) == 4
+
+
+def test_train_with_labels_learns(tiny, monkeypatch):
+    monkeypatch.setattr(linear_eval, "STEPS", 60)
+    data = common.load_dataset("fashion-mnist", tiny)
+    torch.manual_seed(0)
+    backbone = common.build_backbone("convnet", 1, 28)
+    before = [p.clone() for p in backbone.parameters()]
+    drawn = linear_eval.draw_labels(data.train_labels, 100, 0)
+    images, labels = data.train_images[drawn], data.train_labels[drawn]
+    model = linear_eval.train_with_labels(backbone, images, labels, 10, data.mean, data.std, 0.1, 0)
+    assert model[0] is backbone  # trained itself, not a copy
+    assert all(not torch.equal(p, q) for p, q in zip(backbone.parameters(), before, strict=True))
+    logits = linear_eval.extract_features(model, data.test_images, data.mean, data.std)
+    assert accuracy(logits.argmax(dim=1), data.test_labels) > 50
+
+
+def test_report_agrees_with_the_table(checkpoint, tiny, capfd):
+    options = ["--weights", "byol.pt", "--data-dir", tiny, "--report"]
+    text = call(capfd, checkpoint.parent, "linear_eval.py", *options).stdout
+    matrix = re.findall(r"^ ?\[+([ \d]+)\]+$", text, re.MULTILINE)
+    matrix = torch.tensor([[int(n) for n in row.split()] for row in matrix])
+    assert matrix.shape == (10, 10) and matrix.sum(dim=1).tolist() == [10] * 10
+    row = next(line for line in text.splitlines() if line.startswith("byol.pt"))
+    assert float(row.split()[1]) == matrix.diag().sum().item()  # of 100 test images
+    for name in ("Ankle boot", "precision", "recall", "f1-score"):
+        assert name in text
+
+
+def test_plots_are_drawn(checkpoint, tiny, tmp_path, capfd):
+    options = ["--weights", "byol.pt", "--data-dir", tiny, "--labels", "20", "all"]
+    options += ["--plot", tmp_path / "new" / "pictures"]
+    process = call(capfd, checkpoint.parent, "linear_eval.py", *options)
+    assert process.returncode == 0, process.stderr
+    names = ["confusion-byol", "curves", "labels", "map-byol", "neighbours-byol"]
+    pictures = sorted((tmp_path / "new" / "pictures").iterdir())
+    assert [path.name for path in pictures] == [f"{name}.png" for name in names]
+    for path in pictures:
+        pixels = torchvision.transforms.functional.pil_to_tensor(Image.open(path)).float()
+        assert min(pixels.shape[1:]) > 300 and pixels.std() > 10
+
+
+EXPORTED = """
+import sys, torch
+sys.path = [p for p in sys.path if "site-packages" in p or "python3" in p]
+program, images = torch.export.load("encoder.pt").module(), torch.load("images.pt")
+torch.save([program(images[:1]), program(images)], "features.pt")
+"""
+
+
+def test_exported_convnet_runs_without_this_code(checkpoint, tiny, tmp_path, capfd):
+    options = ["--weights", checkpoint, "--data-dir", tiny, "--export", "encoder.pt"]
+    process = call(capfd, tmp_path, "linear_eval.py", *options)
+    assert process.returncode == 0 and "takes (N, 1, 28, 28) float32" in process.stdout
+    data = common.load_dataset("fashion-mnist", tiny)
+    torch.save((data.test_images[:7].float() / 255 - data.mean) / data.std, tmp_path / "images.pt")
+    subprocess.run([sys.executable, "-I", "-c", EXPORTED], cwd=tmp_path, check=True)
+    one, seven = torch.load(tmp_path / "features.pt")
+    encoder, _ = linear_eval.load_encoder(checkpoint)
+    expected = linear_eval.extract_features(encoder, data.test_images[:7], data.mean, data.std)
+    torch.testing.assert_close(seven, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one, expected[:1], rtol=1e-4, atol=1e-5)
+    again = call(capfd, tmp_path, "linear_eval.py", *options)
+    assert again.returncode == 2 and "a file that is not there yet" in again.stderr
+
+
+def test_exported_resnet_is_torchvisions(tiny, tmp_path):
+    data = common.load_dataset("fashion-mnist", tiny)
+    encoder = common.build_backbone("resnet18", 1, 28).eval()
+    linear_eval.export(encoder, {"backbone": "resnet18"}, data, tmp_path / "encoder.pt")
+    network = torchvision.models.resnet18()
+    network.conv1 = torch.nn.Conv2d(1, 64, 3, padding=1, bias=False)  # as README.md documents
+    network.maxpool, network.fc = torch.nn.Identity(), torch.nn.Identity()
+    network.load_state_dict(torch.load(tmp_path / "encoder.pt", weights_only=True))
+    images = torch.rand(2, 1, 28, 28)
+    torch.testing.assert_close(network.eval()(images), encoder(images))
 
 
 def test_load_encoder_is_exact(checkpoint):
@@ -212,12 +373,12 @@ def test_probe_agrees_with_scikit_learn(n, dim):
 
 def test_fit_logistic_finds_the_minimum():
     features, labels = clusters(300)
-    weight, bias = linear_eval.fit_logistic(features, labels, 4, 1.0)
-    reference = LogisticRegression(C=1.0, max_iter=5000, tol=1e-10).fit(features, labels)
-    torch.testing.assert_close(
-        weight - weight.mean(0), torch.tensor(reference.coef_).float(), atol=2e-2, rtol=0
-    )
-    assert bias.shape == (4,)
+    solutions = linear_eval.fit_logistic(features, labels, 4, (0.1, 1.0))
+    for (weight, bias), strength in zip(solutions, (0.1, 1.0), strict=True):
+        reference = LogisticRegression(C=strength, max_iter=5000, tol=1e-10).fit(features, labels)
+        expected = torch.tensor(reference.coef_).float()
+        torch.testing.assert_close(weight - weight.mean(0), expected, atol=2e-2, rtol=0)
+        assert bias.shape == (4,)
 
 
 def test_probe_is_deterministic():
