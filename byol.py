@@ -14,9 +14,6 @@ Unlike the paper: SGD, not LARS, as the batch is 512, not 4,096; small heads, no
 0.99, as the images are small and the runs short; mild crops, chosen on held-out training images.
 """
 
-# === method: imports ===
-from copy import deepcopy
-
 # === shared: imports ===
 import argparse
 import io
@@ -34,15 +31,14 @@ from tqdm import tqdm
 
 from common import BACKBONES, DATASETS, build_backbone, load_dataset
 from linear_eval import extract_features, knn_accuracy, load_encoder
-
 # === method: constants ===
-METHOD = "byol"
+from copy import deepcopy  # for the network that is a running mean
+METHOD, LR = "byol", 0.15  # learning rate for 256 images a step
 TRAINED = ("backbone", "projector", "predictor")  # what the optimizer moves: not the target
 # The views of BYOL's appendix B, less the blur, which 28 pixels cannot spare.
 VIEW_1 = dict(crop_scale=(0.3, 1.0), jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2,
               hue=0.1, grayscale=0.2, solarize=0.0)
 VIEW_2 = VIEW_1 | dict(solarize=0.2)  # the asymmetry
-
 # === shared: options ===
 def within(low, high=10**9, kind=int):
     """Return an argparse type: a number from `low` to `high`, both included, and not NaN."""
@@ -56,7 +52,6 @@ def parse_args(argv=None):
     """Read the command line, or the list of strings `argv`."""
     parser = argparse.ArgumentParser(f"{METHOD}.py", argparse.SUPPRESS, __doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.set_defaults(method=METHOD)
     add = parser.add_argument
     add("--dataset", default="fashion-mnist", help=f"{', '.join(DATASETS)}, or a folder: README")
     add("--data-dir", default="data", help="folder that has, or gets, a named dataset's files")
@@ -64,7 +59,7 @@ def parse_args(argv=None):
     add("--backbone", choices=BACKBONES, help="unset: convnet for fashion-mnist, else resnet18")
     add("--epochs", type=within(1), default=100, help="passes over the training images")
     add("--batch-size", type=within(2), default=512, help="images a step, two views each")
-    add("--lr", type=within(1e-9, kind=float), help="peak learning rate per 256 images a step")
+    add("--lr", type=within(1e-9, kind=float), default=LR, help="peak, per 256 images a step")
     add("--weight-decay", type=within(0, kind=float), default=5e-4, help="on weights only")
     add("--warmup-epochs", type=within(0, kind=float), default=1, help="epochs of linear warm-up")
     add("--seed", type=within(0), default=0, help="of weights, order and views")
@@ -77,19 +72,16 @@ def parse_args(argv=None):
     add("--overwrite", action="store_true", help="start anew although --out exists")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on from PATH, or from --out")
     # === method: options ===
-    parser.set_defaults(lr=0.15)
     add("--momentum", type=within(0, 1, float), default=0.99, help="tau, then up to 1; BYOL 3.2")
     add("--hidden-dim", type=within(1), default=512, help="of both MLPs; 4096 in BYOL")
     add("--projection-dim", type=within(1), default=128, help="D; 256 in BYOL")
     # === shared: resolve options ===
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(method=METHOD))
     args.backbone = args.backbone or ("convnet" if args.dataset == "fashion-mnist" else "resnet18")
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    args.device = auto if args.device == "auto" else args.device
+    args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     if not torch.get_device_module(args.device).is_available():
         parser.error(f"--device {args.device}: PyTorch finds none here, use --device cpu")
     return args
-
 # === shared: augment ===
 def augment(images, crop_scale, jitter, brightness, contrast, saturation, hue, grayscale, solarize,
             generator=None):
@@ -138,7 +130,6 @@ def shift_hue(images, shift):
     hue = torch.where(value == red, (green - blue) / safe, hue) + 6 * shift  # sixths of the circle
     sixths = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6  # as seen from red, green, blue
     return value - chroma * torch.minimum(sixths, 4 - sixths).clamp(0, 1)
-
 # === method: networks ===
 def mlp(in_dim, hidden_dim, out_dim):
     """Projector or predictor: linear, BatchNorm, ReLU, linear (BYOL section 3.3)."""
@@ -152,12 +143,10 @@ def build_model(backbone, args):
     target = deepcopy(nn.Sequential(backbone, projector))  # equal at first; no predictor
     return nn.ModuleDict({"backbone": backbone, "projector": projector, "predictor": predictor,
                           "target": target})
-
 # === method: loss ===
 def regression_loss(p, z):
     """Mean over the batch of 2 - 2 cos(p, z), from 0 to 4 (BYOL Eq. 2); p, z (N, D) float."""
     return (2 - 2 * F.cosine_similarity(p, z, dim=1)).mean()
-
 # === method: EMA ===
 @torch.no_grad()  # the target is a running mean: nothing here is to be differentiated
 def ema_update(target, online, momentum):
@@ -165,7 +154,6 @@ def ema_update(target, online, momentum):
     # Parameters only: the target's BatchNorm keeps the running statistics of its own batches.
     for xi, theta in zip(target.parameters(), online.parameters(), strict=True):
         xi.lerp_(theta, 1 - momentum)
-
 # === method: step ===
 def train_step(model, optimizer, x1, x2, progress, args):
     """Learn from two views (N, C, H, W) at `progress` (0 to 1) of the run: loss, z1 (N, D)."""
@@ -183,30 +171,37 @@ def train_step(model, optimizer, x1, x2, progress, args):
     momentum = 1 - (1 - args.momentum) * (math.cos(math.pi * progress) + 1) / 2
     ema_update(model["target"], online, momentum)
     return loss.detach(), z1.detach()
-
 # === shared: monitor and checkpoint ===
 def z_std(z):
     """Return the spread of l2-normalised z (N, D): 1 healthy, 0 collapsed (SimSiam Fig. 2)."""
     return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
+def write(path, data):
+    """Write bytes under another name and move them into place: a kill leaves old or new, whole."""
+    try:
+        Path(f"{path}.tmp").write_bytes(data)
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise ValueError(f"{path}: {error.strerror}; mend that or name another --out") from error
+
 def save(path, checkpoint):
-    """Write the checkpoint and its metrics as .csv; a kill leaves the old or the new, whole."""
+    """Write the metrics as .csv, then the checkpoint, which is what --resume goes by."""
     buffer, log = io.BytesIO(), checkpoint["metrics"]
     torch.save(checkpoint, buffer)
-    table = "".join(",".join(map(str, x)) + "\n" for x in [log[0], *(row.values() for row in log)])
-    for file, data in ((path, buffer.getvalue()), (path.with_suffix(".csv"), table.encode())):
-        Path(f"{file}.tmp").write_bytes(data)
-        os.replace(f"{file}.tmp", file)
-
+    lines = [",".join(map(str, x)) + "\n" for x in [log[0], *(row.values() for row in log)]]
+    write(path.with_suffix(".csv"), "".join(lines).encode())
+    write(path, buffer.getvalue())
 # === shared: main ===
 def main(argv=None):
     """Train as the command line, or the list `argv`, says."""
     args = parse_args(argv)
     out = Path(args.out)
-    if out.exists() and not args.overwrite and args.resume is None:
-        raise ValueError(f"{out} exists: go on with --resume or replace it with --overwrite")
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise ValueError(f"--out {out} cannot be written: name a file in a folder of yours")
+    if out.is_dir() or out.suffix == ".csv":
+        raise ValueError(f"--out {out} is a folder or .csv: name a file such as {METHOD}.pt")
+    for path in (out, out.with_suffix(".csv"), Path(args.preview or out)):
+        if path.exists() and not args.overwrite and args.resume is None:
+            raise ValueError(f"{path} exists: go on with --resume or replace it with --overwrite")
     saved = dict(args={}) if args.resume is None else load_encoder(args.resume or out)[1]
     free = "data_dir device compile knn_every preview out overwrite resume".split()
     other = {k: v for k, v in saved["args"].items() if k not in free and vars(args).get(k) != v}
@@ -230,10 +225,16 @@ def main(argv=None):
     optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9)
     metrics, begin, stop = [], 0, min(args.max_steps or total_steps, total_steps)
     if args.resume is not None:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        generator.set_state(saved["rng"])
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            generator.set_state(saved["rng"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{out} is not whole: {error}".replace("\n", " ")) from error
         metrics, begin = saved["metrics"], saved["step"]
+    # The weights and their momenta must fit on the disk: better known now than after an epoch.
+    write(f"{out}.trial", bytes(2 * sum(x.nbytes for x in model.state_dict().values())))
+    os.remove(f"{out}.trial")
     [network.compile() for network in model.values() if args.compile]
     if args.preview:
         sample, draws = images[:16].float() / 255, torch.Generator(args.device).manual_seed(0)
@@ -283,6 +284,8 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        argparse.ArgumentParser().exit(130, "stopped: --resume goes on from the last checkpoint\n")
+        out = parse_args().out
+        hint = f"--resume goes on from {out}" if os.path.exists(out) else "nothing is saved yet"
+        argparse.ArgumentParser().exit(130, f"stopped: {hint}\n")
     except (ValueError, OSError) as error:
         argparse.ArgumentParser().exit(2, f"{METHOD}.py: error: {error}\n")

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from common import build_backbone, load_dataset
 
-FORMAT = 1  # of the checkpoints that can be read
+FORMAT = 1  # of the checkpoints that can be read; what they hold:
+KEYS = "method backbone in_channels image_size dataset args epoch step model optimizer rng metrics"
 STRENGTHS = (3, 10, 30, 100, 300, 1000)  # C, the candidates for the classifier's regularisation
 # Training with labels: 3,000 steps, or ten epochs where that is more. Chosen on held-out images.
 STEPS, BATCH_SIZE, SCRATCH_LR, FINETUNE_LR = 3000, 128, 0.1, 0.03
@@ -38,7 +39,7 @@ def load_encoder(path):
 
     The file is read with weights_only=True, so that it cannot run code. Raises ValueError, with
     the path and the reason, unless it is a whole checkpoint in which every weight of the backbone
-    is there, has the right shape and is finite; FileNotFoundError if there is none.
+    has the right shape and every number is finite; FileNotFoundError if there is none.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -58,15 +59,16 @@ def load_encoder(path):
     if checkpoint["format"] != FORMAT:
         raise ValueError(f"{path} has format {checkpoint['format']}, this program reads {FORMAT}")
     try:
+        [checkpoint[key] for key in KEYS.split()]  # or KeyError
         shape = checkpoint["backbone"], checkpoint["in_channels"], checkpoint["image_size"]
         encoder = build_backbone(*shape)
         weights = {name.removeprefix("backbone."): value
                    for name, value in checkpoint["model"].items() if name.startswith("backbone.")}
         encoder.load_state_dict(weights)  # strict: a key too many or too few is an error
+        broken = [key for key, value in checkpoint["model"].items() if not value.isfinite().all()]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} does not hold a whole backbone: {reason}") from error
-    broken = [name for name, value in weights.items() if not value.isfinite().all()]
+        raise ValueError(f"{path} is not a whole checkpoint: {reason}") from error
     if broken:
         raise ValueError(f"{path} has values in {broken[0]} that are not finite: train it again")
     return encoder.eval(), checkpoint
@@ -262,7 +264,7 @@ def plot(folder, scores, curves, features, guesses, nearest, queries, data):
         spread = [statistics.stdev(x) if len(x) > 1 else 0 for x in values.values()]
         axes.errorbar(list(values), mean, spread, capsize=3, label=name,
                       marker="ov^sDPX*"[i % 8], linestyle="-" if i > 1 else "--")
-    axes.set(title="Linear classifier on frozen features, by number of labels", xscale="log",
+    axes.set(title="Test accuracy by number of labels (bars: deviation of draws)", xscale="log",
              xlabel="labelled training images", ylabel="test accuracy (%)")
     axes.set_xticks(list(values), [f"{n:,}" for n in values])
     axes.minorticks_off()
@@ -300,7 +302,7 @@ def plot(folder, scores, curves, features, guesses, nearest, queries, data):
             xticks_rotation=45, im_kw=dict(vmin=0, vmax=1))
         axes.set_title(f"{name}: classes of the test images, as the linear classifier sees them")
         figure.savefig(folder / f"confusion-{stem}.png")
-        figure, panels = new(9, 10, 10, 9)
+        figure, panels = new(7.5, 8.4, 10, 9)
         for query, found, row in zip(queries, nearest[name], panels, strict=False):
             for i, box in enumerate(row):
                 image = data.train_images[found[i - 1]] if i else data.test_images[query]
@@ -308,7 +310,7 @@ def plot(folder, scores, curves, features, guesses, nearest, queries, data):
                 box.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
                 box.set(xticks=[], yticks=[])
                 if label != data.test_labels[query]:
-                    box.set_xlabel(data.classes[label], color="C3", fontsize=8, labelpad=1)
+                    box.set_xlabel(data.classes[label], color="C3", fontsize=7, labelpad=1)
                     box.spines[:].set(color="C3", linewidth=4)
             row[0].set_ylabel(data.classes[data.test_labels[query]], rotation=0, ha="right")
         panels[0][0].set_title("query")

@@ -1,17 +1,13 @@
 """MoCo, Momentum Contrast (He et al. 2019, https://arxiv.org/abs/1911.05722; v2 2003.04297), whole.
 
 A query, made from one view of an image, must recognise the key made from the image's other view
-among thousands of keys of other images. Those come from past batches, kept in a queue. Old and new
-keys are comparable because their encoder changes slowly: it is a running mean of the query
-encoder's weights, and no gradient flows through it.
+among thousands of keys of other images, which a queue keeps from past batches. Old and new keys
+compare because their encoder changes slowly: a running mean of the query encoder, no gradient.
 N batch, D projection, K queue; q = projector(backbone(x)), k = key_encoder(x), both of length 1.
     python moco.py --epochs 10                # 4.5 minutes on two EPYC (Zen 3) cores
     python linear_eval.py --weights moco.pt   # 90.6% linear, random init 88.1% (seed 0 only)
 Unlike the paper: momentum 0.99, K 4,096, as the runs are short; no blur; no shuffled BatchNorm.
 """
-
-# === method: imports ===
-from copy import deepcopy
 
 # === shared: imports ===
 import argparse
@@ -30,15 +26,14 @@ from tqdm import tqdm
 
 from common import BACKBONES, DATASETS, build_backbone, load_dataset
 from linear_eval import extract_features, knn_accuracy, load_encoder
-
 # === method: constants ===
-METHOD = "moco"
+from copy import deepcopy  # for the network that is a running mean
+METHOD, LR = "moco", 0.15  # learning rate for 256 images a step
 TRAINED = ("backbone", "projector")  # what the optimizer moves: not the key encoder
 # The views of MoCo v2, less the blur, which 28 pixels cannot spare.
 VIEW_1 = dict(crop_scale=(0.3, 1.0), jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4,
               hue=0.1, grayscale=0.2, solarize=0.0)
 VIEW_2 = VIEW_1
-
 # === shared: options ===
 def within(low, high=10**9, kind=int):
     """Return an argparse type: a number from `low` to `high`, both included, and not NaN."""
@@ -52,7 +47,6 @@ def parse_args(argv=None):
     """Read the command line, or the list of strings `argv`."""
     parser = argparse.ArgumentParser(f"{METHOD}.py", argparse.SUPPRESS, __doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.set_defaults(method=METHOD)
     add = parser.add_argument
     add("--dataset", default="fashion-mnist", help=f"{', '.join(DATASETS)}, or a folder: README")
     add("--data-dir", default="data", help="folder that has, or gets, a named dataset's files")
@@ -60,7 +54,7 @@ def parse_args(argv=None):
     add("--backbone", choices=BACKBONES, help="unset: convnet for fashion-mnist, else resnet18")
     add("--epochs", type=within(1), default=100, help="passes over the training images")
     add("--batch-size", type=within(2), default=512, help="images a step, two views each")
-    add("--lr", type=within(1e-9, kind=float), help="peak learning rate per 256 images a step")
+    add("--lr", type=within(1e-9, kind=float), default=LR, help="peak, per 256 images a step")
     add("--weight-decay", type=within(0, kind=float), default=5e-4, help="on weights only")
     add("--warmup-epochs", type=within(0, kind=float), default=1, help="epochs of linear warm-up")
     add("--seed", type=within(0), default=0, help="of weights, order and views")
@@ -73,7 +67,6 @@ def parse_args(argv=None):
     add("--overwrite", action="store_true", help="start anew although --out exists")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on from PATH, or from --out")
     # === method: options ===
-    parser.set_defaults(lr=0.15)
     add("--temperature", type=within(1e-3, 100, float), default=0.2, help="tau; 0.2 in v2")
     add("--momentum", type=within(0, 1, float), default=0.99, help="m of Eq. 2; 0.999 in MoCo")
     add("--queue-size", type=within(1), default=4096, help="K, keys kept; 65536 in MoCo")
@@ -82,14 +75,12 @@ def parse_args(argv=None):
     add("--hidden-dim", type=within(1), default=512, help="of the MLP head; 2048 in v2")
     add("--projection-dim", type=within(1), default=128, help="D; 128 in MoCo")
     # === shared: resolve options ===
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(method=METHOD))
     args.backbone = args.backbone or ("convnet" if args.dataset == "fashion-mnist" else "resnet18")
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    args.device = auto if args.device == "auto" else args.device
+    args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     if not torch.get_device_module(args.device).is_available():
         parser.error(f"--device {args.device}: PyTorch finds none here, use --device cpu")
     return args
-
 # === shared: augment ===
 def augment(images, crop_scale, jitter, brightness, contrast, saturation, hue, grayscale, solarize,
             generator=None):
@@ -138,7 +129,6 @@ def shift_hue(images, shift):
     hue = torch.where(value == red, (green - blue) / safe, hue) + 6 * shift  # sixths of the circle
     sixths = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6  # as seen from red, green, blue
     return value - chroma * torch.minimum(sixths, 4 - sixths).clamp(0, 1)
-
 # === method: networks ===
 def build_model(backbone, args):
     """Return the query encoder (backbone, projector), the key encoder, and the queue (K, D)."""
@@ -150,7 +140,6 @@ def build_model(backbone, args):
     model.register_buffer("queue", F.normalize(torch.randn(args.queue_size, dim), dim=1))
     model.register_buffer("pointer", torch.tensor(0))  # row of the oldest key, the next to go
     return model
-
 # === method: loss ===
 def info_nce(q, k, queue, temperature):
     """Mean cross-entropy of telling key k_i from K others by query q_i (MoCo Eq. 1).
@@ -158,7 +147,6 @@ def info_nce(q, k, queue, temperature):
     positive = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
     logits = torch.cat([positive, q @ queue.T], dim=1) / temperature  # (N, 1 + K)
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
-
 # === method: queue ===
 def enqueue(queue, pointer, keys):
     """Write keys (N, D) over the oldest of queue (K, D) from row `pointer`; return the next."""
@@ -166,7 +154,6 @@ def enqueue(queue, pointer, keys):
     rows = pointer + len(keys) - len(kept) + torch.arange(len(kept), device=queue.device)
     queue[rows % len(queue)] = kept
     return (pointer + len(keys)) % len(queue)
-
 # === method: EMA ===
 @torch.no_grad()  # the key encoder is a running mean: nothing here is to be differentiated
 def ema_update(target, online, momentum):
@@ -174,20 +161,18 @@ def ema_update(target, online, momentum):
     # Parameters only: the key encoder's BatchNorm keeps the running statistics of its own batches.
     for key, query in zip(target.parameters(), online.parameters(), strict=True):
         key.lerp_(query, 1 - momentum)
-
 # === method: step ===
 def train_step(model, optimizer, x1, x2, progress, args):
     """Learn from two views (N, C, H, W) at `progress` (0 to 1) of the run: loss, q (N, D)."""
-    query_encoder, losses, keys = nn.Sequential(model["backbone"], model["projector"]), [], []
+    query_encoder, loss, keys = nn.Sequential(model["backbone"], model["projector"]), 0, []
     for x_query, x_key in [(x1, x2), (x2, x1)][:1 + args.symmetric]:
         with torch.autocast(x1.device.type, torch.bfloat16, enabled=x1.is_cuda):
             q = query_encoder(x_query)  # (N, D)
             with torch.no_grad():  # stop-gradient: keys come from the running mean, as in the queue
                 k = model["key_encoder"](x_key)  # (N, D)
         q, k = F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
-        losses.append(info_nce(q, k, model.queue, args.temperature))
+        loss += info_nce(q, k, model.queue, args.temperature) / (1 + args.symmetric)
         keys.append(k)
-    loss = sum(losses) / len(losses)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -195,30 +180,37 @@ def train_step(model, optimizer, x1, x2, progress, args):
     # Only now: backward() needed the old queue, and keys must not be negatives of their own images.
     model.pointer = enqueue(model.queue, model.pointer, torch.cat(keys))
     return loss.detach(), q.detach()
-
 # === shared: monitor and checkpoint ===
 def z_std(z):
     """Return the spread of l2-normalised z (N, D): 1 healthy, 0 collapsed (SimSiam Fig. 2)."""
     return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
+def write(path, data):
+    """Write bytes under another name and move them into place: a kill leaves old or new, whole."""
+    try:
+        Path(f"{path}.tmp").write_bytes(data)
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise ValueError(f"{path}: {error.strerror}; mend that or name another --out") from error
+
 def save(path, checkpoint):
-    """Write the checkpoint and its metrics as .csv; a kill leaves the old or the new, whole."""
+    """Write the metrics as .csv, then the checkpoint, which is what --resume goes by."""
     buffer, log = io.BytesIO(), checkpoint["metrics"]
     torch.save(checkpoint, buffer)
-    table = "".join(",".join(map(str, x)) + "\n" for x in [log[0], *(row.values() for row in log)])
-    for file, data in ((path, buffer.getvalue()), (path.with_suffix(".csv"), table.encode())):
-        Path(f"{file}.tmp").write_bytes(data)
-        os.replace(f"{file}.tmp", file)
-
+    lines = [",".join(map(str, x)) + "\n" for x in [log[0], *(row.values() for row in log)]]
+    write(path.with_suffix(".csv"), "".join(lines).encode())
+    write(path, buffer.getvalue())
 # === shared: main ===
 def main(argv=None):
     """Train as the command line, or the list `argv`, says."""
     args = parse_args(argv)
     out = Path(args.out)
-    if out.exists() and not args.overwrite and args.resume is None:
-        raise ValueError(f"{out} exists: go on with --resume or replace it with --overwrite")
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise ValueError(f"--out {out} cannot be written: name a file in a folder of yours")
+    if out.is_dir() or out.suffix == ".csv":
+        raise ValueError(f"--out {out} is a folder or .csv: name a file such as {METHOD}.pt")
+    for path in (out, out.with_suffix(".csv"), Path(args.preview or out)):
+        if path.exists() and not args.overwrite and args.resume is None:
+            raise ValueError(f"{path} exists: go on with --resume or replace it with --overwrite")
     saved = dict(args={}) if args.resume is None else load_encoder(args.resume or out)[1]
     free = "data_dir device compile knn_every preview out overwrite resume".split()
     other = {k: v for k, v in saved["args"].items() if k not in free and vars(args).get(k) != v}
@@ -242,10 +234,16 @@ def main(argv=None):
     optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9)
     metrics, begin, stop = [], 0, min(args.max_steps or total_steps, total_steps)
     if args.resume is not None:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        generator.set_state(saved["rng"])
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            generator.set_state(saved["rng"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{out} is not whole: {error}".replace("\n", " ")) from error
         metrics, begin = saved["metrics"], saved["step"]
+    # The weights and their momenta must fit on the disk: better known now than after an epoch.
+    write(f"{out}.trial", bytes(2 * sum(x.nbytes for x in model.state_dict().values())))
+    os.remove(f"{out}.trial")
     [network.compile() for network in model.values() if args.compile]
     if args.preview:
         sample, draws = images[:16].float() / 255, torch.Generator(args.device).manual_seed(0)
@@ -295,6 +293,8 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        argparse.ArgumentParser().exit(130, "stopped: --resume goes on from the last checkpoint\n")
+        out = parse_args().out
+        hint = f"--resume goes on from {out}" if os.path.exists(out) else "nothing is saved yet"
+        argparse.ArgumentParser().exit(130, f"stopped: {hint}\n")
     except (ValueError, OSError) as error:
         argparse.ArgumentParser().exit(2, f"{METHOD}.py: error: {error}\n")

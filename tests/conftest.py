@@ -48,7 +48,8 @@ def call(capfd, folder, *command):
     """Do what `run` does, but in this process, which saves the seconds that importing takes."""
     script, *options = map(str, command)
     source = (ROOT / script).read_text()
-    guard = source[source.index('if __name__ == "__main__":') :].replace("main()", "main(options)")
+    guard = source[source.index('if __name__ == "__main__":') :]
+    guard = guard.replace("main()", "main(options)").replace("parse_args()", "parse_args(options)")
     module = importlib.import_module(script.removesuffix(".py"))
     before, code = os.getcwd(), 0
     os.chdir(folder)

@@ -278,11 +278,11 @@ BAD = {
     "pickle": "would run code",
     "torch pickle": "would run code",
     "format": "has format 99",
-    "no model": "does not hold a whole backbone",
-    "missing weight": "does not hold a whole backbone",
-    "extra weight": "does not hold a whole backbone",
-    "wrong shape": "does not hold a whole backbone",
-    "other backbone": "does not hold a whole backbone",
+    "no model": "is not a whole checkpoint",
+    "missing weight": "is not a whole checkpoint",
+    "extra weight": "is not a whole checkpoint",
+    "wrong shape": "is not a whole checkpoint",
+    "other backbone": "is not a whole checkpoint",
     "not finite": "not finite",
 }
 
