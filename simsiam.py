@@ -72,6 +72,7 @@ def parse_args(argv=None):
     add("--resume", nargs="?", const="", metavar="PATH", help="go on from PATH, or from --out")
     # === method: options ===
     add("--projection-dim", type=within(1), default=512, help="D; 2048 in SimSiam")
+    add("--stop-grad", action=argparse.BooleanOptionalAction, default=True, help="see README")
     add("--bottleneck-dim", type=within(1), default=128, help="in the predictor; 512 in SimSiam")
     # === shared: resolve options ===
     args = parser.parse_args(argv, argparse.Namespace(method=METHOD))
@@ -141,9 +142,10 @@ def build_model(backbone, args):
     predictor = mlp(args.projection_dim, args.bottleneck_dim, args.projection_dim)
     return nn.ModuleDict({"backbone": backbone, "projector": projector, "predictor": predictor})
 # === method: loss ===
-def negative_cosine(p, z):
+def negative_cosine(p, z, stop_grad=True):
     """Mean of -cos(p, stopgrad(z)), from -1 to 1 (SimSiam Eq. 1 and 3); p, z (N, D) float."""
-    z = z.detach()  # stop-gradient: what is to be guessed must not move towards the guess
+    if stop_grad:
+        z = z.detach()  # what is to be guessed must not move towards the guess
     return -F.cosine_similarity(p, z, dim=1).mean()
 # === method: step ===
 def train_step(model, optimizer, x1, x2, progress, args):
@@ -152,8 +154,9 @@ def train_step(model, optimizer, x1, x2, progress, args):
     with torch.autocast(x1.device.type, torch.bfloat16, enabled=x1.is_cuda):
         z1, z2 = online(x1), online(x2)  # (N, D)
         p1, p2 = model["predictor"](z1), model["predictor"](z2)  # (N, D)
+    p1, p2, z1, z2 = p1.float(), p2.float(), z1.float(), z2.float()
     # What one view predicts is the embedding of the other view.
-    loss = negative_cosine(p1.float(), z2.float()) / 2 + negative_cosine(p2.float(), z1.float()) / 2
+    loss = (negative_cosine(p1, z2, args.stop_grad) + negative_cosine(p2, z1, args.stop_grad)) / 2
     optimizer.zero_grad()
     loss.backward()
     for group in optimizer.param_groups:

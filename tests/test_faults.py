@@ -1,4 +1,4 @@
-"""Kills, full disks, Ctrl-C, damaged or foreign checkpoints: nothing is lost, nothing is believed."""
+"""Kills, full disks, Ctrl-C, damaged or foreign checkpoints: nothing lost, nothing believed."""
 
 import errno
 import os

@@ -1,8 +1,12 @@
 """Short runs on the real Fashion-MNIST: what is learnt is more than random weights give."""
 
+import argparse
+import math
+
 import common
 import linear_eval
 import pytest
+import simsiam
 import torch
 
 RUN = ["--epochs", "1", "--batch-size", "256", "--knn-every", "0"]
@@ -40,3 +44,39 @@ def test_one_epoch_beats_random_weights(name, probe, random_init, tmp_path):
     __import__(name).main([*RUN, "--out", str(out)])
     learnt = probe(linear_eval.load_encoder(out)[0])
     assert learnt > random_init + 0.5
+
+
+def effective_rank(z):
+    """exp(entropy) of the shares that the principal axes of z (N, D) have in its variance."""
+    spread = torch.linalg.svdvals(z - z.mean(dim=0)).square()
+    share = spread / spread.sum()
+    return math.exp(-(share * share.clamp_min(1e-12).log()).sum())
+
+
+def test_simsiam_collapses_without_stop_gradient(fashion_mnist, tmp_path):
+    """Its embeddings fall onto a line, while the loss looks better than with the stop-gradient.
+
+    Not onto a point: the projector's last BatchNorm has no scale, so each channel keeps its
+    variance, and z_std, which looks at channels, stays near 1. It is the rank that shows it.
+    """
+    images = (
+        fashion_mnist.test_images[:1000].float() / 255 - fashion_mnist.mean[:, None, None]
+    ) / (fashion_mnist.std[:, None, None])
+    ranks, losses = [], []
+    for option in ("--stop-grad", "--no-stop-grad"):
+        out = tmp_path / f"{option}.pt"
+        simsiam.main(
+            [*RUN, "--max-steps", "120", "--warmup-epochs", "0", option, "--out", str(out)]
+        )
+        saved = torch.load(out, weights_only=True)
+        args = argparse.Namespace(**saved["args"])
+        model = simsiam.build_model(common.build_backbone("convnet", 1, 28), args)
+        model.load_state_dict(saved["model"])
+        model.eval()
+        with torch.no_grad():
+            z = model["projector"](model["backbone"](images))
+        ranks.append(effective_rank(torch.nn.functional.normalize(z, dim=1)))
+        losses.append(saved["metrics"][-1]["loss"])
+    healthy, collapsed = ranks
+    assert healthy > 6 and collapsed < 3
+    assert losses[1] < losses[0] - 0.1  # the loss alone would call the collapse a success
