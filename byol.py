@@ -59,24 +59,24 @@ def parse_args(argv=None):
     add("--backbone", choices=BACKBONES, help="unset: convnet for fashion-mnist, else resnet18")
     add("--epochs", type=within(1), default=100, help="passes over the training images")
     add("--batch-size", type=within(2), default=512, help="images a step, two views each")
-    add("--lr", type=within(1e-9, kind=float), default=LR, help="peak, per 256 images a step")
+    add("--lr", type=within(1e-9, kind=float), default=LR, help="peak, per 256 of --batch-size")
     add("--weight-decay", type=within(0, kind=float), default=5e-4, help="on weights only")
     add("--warmup-epochs", type=within(0, kind=float), default=1, help="epochs of linear warm-up")
     add("--seed", type=within(0), default=0, help="of weights, order and views")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda, cpu")
     add("--compile", action="store_true", help="torch.compile the networks: slow start, then fast")
     add("--knn-every", type=within(0), default=5, help="epochs between kNN tests; 0: none")
-    add("--max-steps", type=within(1), help="stop after so many steps, for a trial")
+    add("--max-steps", type=within(1), help="end after so many steps, for good: a trial")
     add("--preview", metavar="PNG", help="first save 16 images with their two views here")
     add("--out", default=f"{METHOD}.pt", help="checkpoint; the curves go beside it, as .csv")
-    add("--overwrite", action="store_true", help="start anew although --out exists")
-    add("--resume", nargs="?", const="", metavar="PATH", help="go on from PATH, or from --out")
+    add("--overwrite", action="store_true", help="replace an --out that is there")
+    add("--resume", nargs="?", const="", metavar="PATH", help="go on from PATH or --out")
     # === method: options ===
-    add("--momentum", type=within(0, 1, float), default=0.99, help="tau, then up to 1; BYOL 3.2")
+    add("--momentum", type=within(0, 1, float), default=0.99, help="tau at first, rising to 1")
     add("--hidden-dim", type=within(1), default=512, help="of both MLPs; 4096 in BYOL")
     add("--projection-dim", type=within(1), default=128, help="D; 256 in BYOL")
     # === shared: resolve options ===
-    args = parser.parse_args(argv, argparse.Namespace(method=METHOD))
+    args = parser.parse_args(argv, argparse.Namespace(method=METHOD))  # --resume compares it too
     args.backbone = args.backbone or ("convnet" if args.dataset == "fashion-mnist" else "resnet18")
     args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     if not torch.get_device_module(args.device).is_available():
@@ -110,12 +110,12 @@ def augment(images, crop_scale, jitter, brightness, contrast, saturation, hue, g
     return torch.where((uniform(0, 1) < solarize) & (images >= 0.5), 1 - images, images)
 
 def resized_crop(images, top, left, height, width, mirror):
-    """Resize a box of each image, (N, 1, 1, 1) pixels, bilinearly to H x W and mirror it or not.
+    """Resize a box of each image bilinearly to H x W; its place, size, `mirror` are (N, 1, 1, 1).
     A new row mixes two old ones: two matrix products, on a CPU twice as fast as grid_sample."""
     def mixture(start, length, size):  # (N, 1, size, size): share of old pixel j in new pixel i
         pixels = torch.arange(size, device=images.device)
         source = start + (pixels[:, None] + 0.5) * length / size - 0.5  # (N, 1, size, 1)
-        source = source.clamp(start, start + (length - 1).clamp(min=0))
+        source = source.clamp(start, start + (length - 1).clamp(min=0))  # stay inside the box
         return (1 - (source - pixels).abs()).clamp(min=0)
     rows, columns = mixture(top, height, images.shape[2]), mixture(left, width, images.shape[3])
     return rows @ images @ torch.where(mirror, columns.flip(2), columns).transpose(2, 3)
@@ -125,10 +125,10 @@ def shift_hue(images, shift):
     red, green, blue = images.split(1, dim=1)
     value = images.amax(dim=1, keepdim=True)
     chroma = value - images.amin(dim=1, keepdim=True)
-    safe = chroma.clamp(min=1e-8)  # grey has any hue
+    safe = chroma.clamp(min=1e-8)  # no 0 / 0 where grey
     hue = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
     hue = torch.where(value == red, (green - blue) / safe, hue) + 6 * shift  # sixths of the circle
-    sixths = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6  # as seen from red, green, blue
+    sixths = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6  # k in HSV to RGB
     return value - chroma * torch.minimum(sixths, 4 - sixths).clamp(0, 1)
 # === method: networks ===
 def mlp(in_dim, hidden_dim, out_dim):
@@ -145,7 +145,7 @@ def build_model(backbone, args):
                           "target": target})
 # === method: loss ===
 def regression_loss(p, z):
-    """Mean over the batch of 2 - 2 cos(p, z), from 0 to 4 (BYOL Eq. 2); p, z (N, D) float."""
+    """Mean of 2 - 2 cos(p, z), from 0 to 4, z the target's projection (BYOL Eq. 2); (N, D)."""
     return (2 - 2 * F.cosine_similarity(p, z, dim=1)).mean()
 # === method: EMA ===
 @torch.no_grad()  # the target is a running mean: nothing here is to be differentiated
@@ -173,7 +173,7 @@ def train_step(model, optimizer, x1, x2, progress, args):
     return loss.detach(), z1.detach()
 # === shared: monitor and checkpoint ===
 def z_std(z):
-    """Return the spread of l2-normalised z (N, D): 1 healthy, 0 collapsed (SimSiam Fig. 2)."""
+    """Spread of l2-normalised z (N, D), SimSiam Fig. 2: 0 one point, 1 healthy or along a line."""
     return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 def write(path, data):
@@ -200,15 +200,16 @@ def main(argv=None):
     if out.is_dir() or out.suffix == ".csv":
         raise ValueError(f"--out {out} is a folder or .csv: name a file such as {METHOD}.pt")
     for path in (out, out.with_suffix(".csv"), Path(args.preview or out)):
-        if path.exists() and not args.overwrite and args.resume is None:
+        if path.exists() and not args.overwrite and args.resume not in ("", args.out):
             raise ValueError(f"{path} exists: go on with --resume or replace it with --overwrite")
+    data = load_dataset(args.dataset, args.data_dir, args.image_size)
+    images = data.train_images.to(args.device)  # (n, C, H, W) uint8: all of it stays on the device
+    args.n_images = len(images)  # kept with the options, for a --resume with other images
     saved = dict(args={}) if args.resume is None else load_encoder(args.resume or out)[1]
-    free = "data_dir device compile knn_every preview out overwrite resume".split()
+    free = "data_dir compile knn_every preview out overwrite resume".split()
     other = {k: v for k, v in saved["args"].items() if k not in free and vars(args).get(k) != v}
     if other:
         raise ValueError(f"{args.resume or out} was made with {other}: --resume needs the same")
-    data = load_dataset(args.dataset, args.data_dir, args.image_size)
-    images = data.train_images.to(args.device)  # (n, C, H, W) uint8: all of it stays on the device
     mean, std = (x.to(args.device).view(-1, 1, 1) for x in (data.mean, data.std))
     steps_per_epoch = len(images) // args.batch_size  # a last short batch is left out
     if steps_per_epoch == 0:
@@ -219,8 +220,8 @@ def main(argv=None):
     backbone = build_backbone(args.backbone, images.shape[1], images.shape[3])
     model = build_model(backbone, args).to(args.device)
     groups = [dict(params=[p for p in model[name].parameters() if (p.ndim > 1) == decays],
-                   weight_decay=decays * args.weight_decay, name=name)  # no decay of biases and
-              for name in TRAINED for decays in (True, False)]  # BatchNorm: it simplifies nothing
+                   weight_decay=decays * args.weight_decay, name=name)  # biases and BatchNorm do
+              for name in TRAINED for decays in (True, False)]  # not decay, as is usual
     peak_lr = args.lr * args.batch_size / 256
     optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9)
     metrics, begin, stop = [], 0, min(args.max_steps or total_steps, total_steps)
@@ -230,16 +231,15 @@ def main(argv=None):
             optimizer.load_state_dict(saved["optimizer"])
             generator.set_state(saved["rng"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{out} is not whole: {error}".replace("\n", " ")) from error
+            raise ValueError(f"{args.resume or out} is not whole: {error!r}") from error
         metrics, begin = saved["metrics"], saved["step"]
-    # The weights and their momenta must fit on the disk: better known now than after an epoch.
     write(f"{out}.trial", bytes(2 * sum(x.nbytes for x in model.state_dict().values())))
-    os.remove(f"{out}.trial")
+    os.remove(f"{out}.trial")  # the disk has room: better known now than after an epoch
     [network.compile() for network in model.values() if args.compile]
     if args.preview:
         sample, draws = images[:16].float() / 255, torch.Generator(args.device).manual_seed(0)
         rows = [sample] + [augment(sample, **view, generator=draws) for view in (VIEW_1, VIEW_2)]
-        save_image(F.interpolate(torch.cat(rows), scale_factor=3), args.preview, nrow=16)
+        save_image(F.interpolate(torch.cat(rows), scale_factor=3), args.preview, nrow=len(sample))
     bar = tqdm(range(begin, stop), initial=begin, total=stop, unit=" images",
                unit_scale=args.batch_size, disable=None)  # None: shown only on a terminal
     for step in bar:
@@ -265,7 +265,7 @@ def main(argv=None):
         if not math.isfinite(loss):
             raise ValueError(f"loss {loss} in epoch {epoch} at learning rate {lr:.2g}: lower --lr")
         if args.knn_every and (epoch % args.knn_every == 0 or step + 1 == total_steps):
-            some = slice(None, None, max(1, len(images) // 20_000))  # enough to see it learn
+            some = torch.where(data.train_labels >= 0)[0][::max(1, len(images) // 20_000)]
             bank, queries = (extract_features(backbone, x, mean, std)
                              for x in (data.train_images[some], data.test_images))
             knn = knn_accuracy(bank, data.train_labels[some], queries, data.test_labels)
@@ -285,7 +285,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         out = parse_args().out
-        hint = f"--resume goes on from {out}" if os.path.exists(out) else "nothing is saved yet"
-        argparse.ArgumentParser().exit(130, f"stopped: {hint}\n")
+        hint = f"--resume goes on from {out}, the last checkpoint" if os.path.exists(out) else ""
+        argparse.ArgumentParser().exit(130, f"stopped: {hint or 'nothing is saved yet'}\n")
     except (ValueError, OSError) as error:
         argparse.ArgumentParser().exit(2, f"{METHOD}.py: error: {error}\n")

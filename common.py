@@ -179,20 +179,23 @@ def load_torchvision(name, data_dir):
 
 def load_folder(folder, image_size):
     """Decode `train/<class>/*` and `test/<class>/*` once, as RGB, image_size x image_size."""
-    classes = sorted(path.name for path in folder.glob("train/*") if path.is_dir())
+
+    def visible(path):
+        return sorted(x for x in path.iterdir() if x.name[0] != ".") if path.is_dir() else []
+
+    classes = [path.name for path in visible(folder / "train") if path.is_dir()]
     if len(classes) < 2:
         raise ValueError(
             f"{folder} needs two classes or more as train/<class>/ folders, it has {len(classes)}"
         )
-    unknown = sorted({path.name for path in folder.glob("test/*") if path.is_dir()} - set(classes))
-    if unknown:
-        raise ValueError(f"{folder}/test/{unknown[0]} has no counterpart in {folder}/train")
+    for path in visible(folder / "test"):
+        if path.is_dir() and path.name not in classes:
+            raise ValueError(f"{path} has no counterpart in {folder}/train")
     tensors = []
     for split in ("train", "test"):
         paths, labels = [], []
         for label, name in enumerate(classes):
-            found = sorted(path for path in folder.glob(f"{split}/{name}/*") if path.is_file())
-            found = [path for path in found if not path.name.startswith(".")]
+            found = [path for path in visible(folder / split / name) if path.is_file()]
             if not found:
                 raise ValueError(
                     f"{folder / split / name} holds no images: a class needs them in train and test"
@@ -212,9 +215,10 @@ def decode_image(path, image_size):
     """Decode one file to (3, image_size, image_size) uint8: resize the shorter side, crop."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(
-                ("I", "F")
-            ):  # 16 bits: keep the upper eight, where PIL would clip
+            if image.mode == "F":
+                raise ValueError("it holds fractions: save it with 8 or 16 bits")
+            if image.mode.startswith("I") and image.getextrema()[1] > 255:
+                # 16 bits: keep the upper eight, where PIL would clip
                 image = image.point(lambda value: value / 256).convert("L")
             image = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -229,8 +233,8 @@ def decode_image(path, image_size):
 def build_backbone(name, in_channels, image_size=32):
     """Build an encoder of random weights, (N, in_channels, H, W) to (N, feature_dim), both float.
 
-    - convnet: three stride-2 convolutions of 32, 64 and 128 channels, flattened; images above 32
-      pixels are pooled to 4 x 4 first: 2,048 features. Small enough for a laptop's CPU.
+    - convnet: three stride-2 convolutions of 32, 64 and 128 channels, flattened; other sizes than
+      25 to 32 pixels are pooled to 4 x 4 first: 2,048 features. Small enough for a laptop's CPU.
     - resnet18, resnet50: torchvision's, without the classifier. For images of up to 64 pixels the
       first convolution is 3 x 3 with stride 1 and there is no max-pooling (SimCLR, appendix B.9),
       since the stock stem would shrink them to almost nothing.
@@ -247,7 +251,7 @@ def build_backbone(name, in_channels, image_size=32):
                 nn.ReLU(inplace=True),
             ]
             channels = width
-        if image_size > 32:  # 28 to 32 pixels come out as 4 x 4 by themselves
+        if not 25 <= image_size <= 32:  # those come out as 4 x 4 by themselves
             layers.append(nn.AdaptiveAvgPool2d(4))
         backbone = nn.Sequential(*layers, nn.Flatten())
         backbone.feature_dim = 4 * 4 * 128

@@ -1,4 +1,4 @@
-"""What did it learn? Freeze the backbone of a checkpoint and see how well it tells classes.
+"""What did it learn? Freeze the backbone of a checkpoint and see how well it tells classes apart.
 
     python linear_eval.py --weights byol.pt
     python linear_eval.py --weights simclr.pt moco.pt --labels 100 1000 all --plot pictures
@@ -30,7 +30,7 @@ from common import build_backbone, load_dataset
 
 FORMAT = 1  # of the checkpoints that can be read; what they hold:
 KEYS = "method backbone in_channels image_size dataset args epoch step model optimizer rng metrics"
-STRENGTHS = (3, 10, 30, 100, 300, 1000)  # C, the candidates for the classifier's regularisation
+STRENGTHS = (3, 10, 30, 100, 300, 1000)  # candidates for C: the larger, the weaker the penalty
 # Training with labels: 3,000 steps, or ten epochs where that is more. Chosen on held-out images.
 STEPS, BATCH_SIZE, SCRATCH_LR, FINETUNE_LR = 3000, 128, 0.1, 0.03
 
@@ -38,19 +38,17 @@ def load_encoder(path):
     """Rebuild the backbone that a training script saved; return (encoder, checkpoint).
 
     The file is read with weights_only=True, so that it cannot run code. Raises ValueError, with
-    the path and the reason, unless it is a whole checkpoint in which every weight of the backbone
-    has the right shape and every number is finite; FileNotFoundError if there is none.
+    the path and the reason, unless it is a whole checkpoint, of the right shapes and all finite.
     """
+    if not os.path.isfile(path):
+        state = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise ValueError(f"{path} {state}: name a checkpoint, or train one first")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: train first or correct the path") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path} is a folder: name the checkpoint in it") from None
     except OSError:
         raise
     except Exception as error:  # a damaged file can fail in any way that unpickling can
-        reason = "is damaged, cut short or no PyTorch file"
+        reason = "is damaged, cut short or not a PyTorch file"
         if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
             reason = "would run code on loading, or holds more than tensors and numbers"
         raise ValueError(f"{path} {reason}: name a checkpoint of these scripts") from error
@@ -103,7 +101,7 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=200
     """Return the accuracy in percent of a vote among the k nearest training features (N, D).
 
     Nearness is the cosine; a neighbour's vote weighs exp(cosine / temperature) (InstDisc, Wu et
-    al. 2018, section 3.4). Images with the label -1 have no vote; k is at most their number.
+    al. 2018, section 3.4, with 0.07). Images with the label -1 have no vote; k is cut to the rest.
     """
     labelled = train_labels >= 0
     if not labelled.all():
@@ -130,8 +128,8 @@ def fit_logistic(features, labels, n_classes, strengths, iterations=60, progress
     """
     n, dim = features.shape
     curvature = features.T @ features / (n * n_classes)
-    curvature.diagonal().add_(1 / (strengths[len(strengths) // 2] * n))
-    to_weight = torch.linalg.inv(torch.linalg.cholesky(curvature))  # (D, D)
+    curvature.diagonal().add_(1 / (strengths[len(strengths) // 2] * n))  # of the middle C
+    to_weight = torch.linalg.inv(torch.linalg.cholesky(curvature))  # (D, D): W = coordinates @ it
     coordinates = torch.zeros(n_classes, dim, device=features.device, requires_grad=True)
     bias = torch.zeros(n_classes, device=features.device, requires_grad=True)
     solutions = []
@@ -154,8 +152,8 @@ def linear_probe(train_features, train_labels, test_features, n_classes, progres
 
     Features are scaled to length 1 and centred. C is the candidate with the best accuracy on parts
     of the training set held out for that: five folds of up to 2,000 images, one fold of more, in
-    which 20,000 at most are fitted and 10,000 scored. (C is the variance of a prior on the weights,
-    so the right one hardly depends on how many images there are.) No test label is seen.
+    which 20,000 at most are fitted and 10,000 scored. (C is counted per image, so the best one
+    hardly depends on how many there are.) No test label is seen.
     """
     train = F.normalize(train_features, dim=1)
     center = train.mean(dim=0)
@@ -243,11 +241,11 @@ def export(encoder, checkpoint, data, path):
     shape = ", ".join(map(str, data.test_images.shape[1:]))
     print(f"{path}: takes (N, {shape}) float32, (image / 255 - {mean}) / {std} per channel")
 
-def plot(folder, scores, curves, features, guesses, nearest, queries, data):
+def plot(folder, scores, curves, features, step, guesses, nearest, queries, data):
     """Save the pictures as PNG files in `folder`.
 
     `scores` maps a row of the table to {number of labels: accuracies}, `curves` a checkpoint to its
-    metrics. Of random init and each checkpoint, `features` are those of the first test images,
+    metrics. Of random init and each checkpoint, `features` are those of each `step`-th test image,
     `guesses` (N,) the classes predicted for all, `nearest` (10, 8) the indices of the training
     images nearest to the test images `queries` (10,).
     """
@@ -263,7 +261,7 @@ def plot(folder, scores, curves, features, guesses, nearest, queries, data):
         mean = [statistics.mean(accuracies) for accuracies in values.values()]
         spread = [statistics.stdev(x) if len(x) > 1 else 0 for x in values.values()]
         axes.errorbar(list(values), mean, spread, capsize=3, label=name,
-                      marker="ov^sDPX*"[i % 8], linestyle="-" if i > 1 else "--")
+                      marker="ov^sDPX*"[i % 8], linestyle="-" if i > 1 else "--")  # not learnt: --
     axes.set(title="Test accuracy by number of labels (bars: deviation of draws)", xscale="log",
              xlabel="labelled training images", ylabel="test accuracy (%)")
     axes.set_xticks(list(values), [f"{n:,}" for n in values])
@@ -271,7 +269,7 @@ def plot(folder, scores, curves, features, guesses, nearest, queries, data):
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder / "labels.png")
-    titles = {"loss": "training loss", "knn": "kNN accuracy (%)", "z_std": "z_std (0: collapsed)"}
+    titles = {"loss": "training loss", "knn": "kNN accuracy (%)", "z_std": "z_std (0: one point)"}
     figure, panels = new(3 + 2.5 * len(curves), 7, 3, len(curves))
     for column, (name, rows) in enumerate(curves.items()):
         for axes, key in zip(panels[:, column], titles, strict=True):
@@ -282,16 +280,17 @@ def plot(folder, scores, curves, features, guesses, nearest, queries, data):
         panels[1][column].sharey(panels[1][0])
         panels[2][column].set_ylim(0, 1.1)
     figure.savefig(folder / "curves.png")
-    maps = {name: TSNE(random_state=0).fit_transform(some.cpu().numpy())
+    tsne = TSNE(perplexity=min(30, math.ceil(len(data.test_labels) / step / 4)), random_state=0)
+    maps = {name: tsne.fit_transform(some.numpy())
             for name, some in progress_bar(features.items(), "t-SNE")}
     for name in curves:
-        stem = Path(name).stem
+        stem = "-".join(Path(name).with_suffix("").parts).strip("/-")
         figure, [panels] = new(13, 6, 1, 2)
         for axes, title in zip(panels, ("random init", name), strict=True):
             for k, label in enumerate(data.classes[:10]):  # there are ten colours
-                points = maps[title][data.test_labels[:len(maps[title])] == k]
+                points = maps[title][data.test_labels[::step] == k]
                 axes.scatter(*points.T, s=8, color=f"C{k}", label=label)
-            axes.set(title=f"{title}: {len(maps[title]):,} test images, t-SNE of their features",
+            axes.set(title=f"{title}: t-SNE of the features of test images",
                      xticks=[], yticks=[], xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)
         figure.savefig(folder / f"map-{stem}.png")
@@ -302,9 +301,9 @@ def plot(folder, scores, curves, features, guesses, nearest, queries, data):
             xticks_rotation=45, im_kw=dict(vmin=0, vmax=1))
         axes.set_title(f"{name}: classes of the test images, as the linear classifier sees them")
         figure.savefig(folder / f"confusion-{stem}.png")
-        figure, panels = new(7.5, 8.4, 10, 9)
-        for query, found, row in zip(queries, nearest[name], panels, strict=False):
-            for i, box in enumerate(row):
+        figure, panels = new(7.5, 8.4, len(queries), 9)
+        for query, found, row in zip(queries, nearest[name], panels, strict=True):
+            for i, box in enumerate(row[:len(found) + 1]):
                 image = data.train_images[found[i - 1]] if i else data.test_images[query]
                 label = data.train_labels[found[i - 1]] if i else data.test_labels[query]
                 box.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
@@ -332,8 +331,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--weights", nargs="+", required=True, metavar="PT", help="checkpoints of the four scripts")
     add("--labels", nargs="+", type=label_budget, default=["all"], metavar="N",
-        help="numbers of labelled images to learn from, in one table; all: every one")
-    add("--trials", type=int, default=3, help="draws of fewer labels than all: mean and deviation")
+        help="label budgets, a column each: multiples of the classes, or all")
+    add("--trials", type=int, default=3, help="draws of each budget but all: mean ± deviation")
     add("--baselines", action="store_true", help="add the backbone trained on the labels alone")
     add("--finetune", action="store_true", help="add the backbones trained on with the labels")
     add("--report", action="store_true", help="print precision, recall, F1 and confusion by class")
@@ -345,8 +344,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.trials < 1 or not 0 <= args.seed < 10**9:
         parser.error(f"--trials {args.trials} must be at least 1, --seed {args.seed} at least 0")
-    if args.export and (len(args.weights) > 1 or os.path.exists(args.export)):
-        parser.error(f"--export {args.export} needs one --weights and a file that is not there yet")
+    if args.export and (len(args.weights) > 1 or os.path.exists(args.export)
+                        or not os.path.isdir(os.path.dirname(args.export) or ".")):
+        parser.error(f"--export {args.export} needs one --weights, a folder and no file there yet")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if not torch.get_device_module(args.device).is_available():
@@ -354,7 +354,7 @@ def parse_args(argv=None):
     return args
 
 def main(argv=None):
-    """Print a table of how well pixels, random features and learnt features tell the classes."""
+    """Print a table of how well pixels, random features and learnt features tell classes apart."""
     from sklearn.metrics import classification_report, confusion_matrix, f1_score
     args = parse_args(argv)
     loaded = {path: load_encoder(path) for path in args.weights}
@@ -363,7 +363,7 @@ def main(argv=None):
         for key in ("dataset", "image_size", "backbone"):
             if other[key] != checkpoint[key]:
                 raise ValueError(f"{path} has {key} {other[key]}, {args.weights[0]} "
-                                 f"{checkpoint[key]}: compare them in calls of their own")
+                                 f"{checkpoint[key]}: compare them in separate runs")
     if args.plot:
         Path(args.plot).mkdir(parents=True, exist_ok=True)
     data = load_dataset(checkpoint["dataset"], args.data_dir, checkpoint["image_size"])
@@ -377,6 +377,7 @@ def main(argv=None):
         draws[len(everything)] = [everything]
     most = max(draws)
     used = torch.cat([indices for trials in draws.values() for indices in trials]).unique()
+    step = math.ceil(len(data.test_labels) / 2000)  # as many points as a map can show
     queries = data.test_labels.argsort(stable=True)[::math.ceil(len(data.test_labels) / 10)]
 
     torch.manual_seed(args.seed)
@@ -384,11 +385,11 @@ def main(argv=None):
     frozen |= {path: encoder for path, (encoder, _) in loaded.items()}
     before = {path: deepcopy(encoder.state_dict()) for path, (encoder, _) in loaded.items()}
     tasks = [(name, network, 0) for name, network in frozen.items()]  # learning rate 0: a probe
-    tasks += [("labels only", build_backbone(*shape), SCRATCH_LR)] * args.baselines
+    tasks += [("labels only", build_backbone(*shape), SCRATCH_LR)][:args.baselines]
     tasks += [(f"{path} fine-tuned", frozen[path], FINETUNE_LR) for path in loaded if args.finetune]
     width = max(len(name) for name, *_ in tasks) + 1
     print(f"{checkpoint['dataset']}, {checkpoint['backbone']}, {len(data.test_images):,} test "
-          f"images. Accuracy in percent; macro-F1, kNN and C with {most:,} labels.\n\n{'':<{width}}"
+          f"images. Accuracy in percent; macro-F1, kNN, C: last draw of {most:,}.\n\n{'':<{width}}"
           + "".join(f"{f'{n:,} labels':>15}" for n in draws) + "  macro-F1    kNN     C    s")
     scores, features, guesses, nearest = {}, {}, {}, {}
     for name, network, lr in tasks:
@@ -400,7 +401,7 @@ def main(argv=None):
             def of(indices, train=train):  # features of these training images, not copied if all
                 rows = torch.searchsorted(used, indices)
                 return train if len(rows) == len(train) else train[rows]
-            bank, labels = of(draws[most][0]), data.train_labels[draws[most][0]]
+            bank, labels = of(draws[most][-1]), data.train_labels[draws[most][-1]]
             knn = knn_accuracy(bank, labels, test, data.test_labels, progress=f"{name}: kNN")
             knn = f"{knn:.2f}"
         for n, trials in draws.items():
@@ -427,8 +428,8 @@ def main(argv=None):
                   confusion_matrix(data.test_labels, predicted), sep="\n", flush=True)
         if args.plot and not lr and name != "raw pixels":
             cosines = F.normalize(test[queries], dim=1) @ bank.T / bank.norm(dim=1).clamp_min(1e-12)
-            nearest[name] = draws[most][0][cosines.topk(min(8, most)).indices.cpu()]  # (10, 8)
-            features[name], guesses[name] = test[:2000].cpu(), predicted
+            nearest[name] = draws[most][-1][cosines.topk(min(8, most)).indices.cpu()]  # (10, 8)
+            features[name], guesses[name] = test[::step].cpu(), predicted
     for path, (encoder, _) in loaded.items():
         for key, value in encoder.state_dict().items():
             if not value.cpu().equal(before[path][key]):
@@ -436,7 +437,7 @@ def main(argv=None):
     print("\nThe weights and buffers of every frozen backbone are as they were.")
     if args.plot:
         curves = {path: checkpoint["metrics"] for path, (_, checkpoint) in loaded.items()}
-        plot(Path(args.plot), scores, curves, features, guesses, nearest, queries, data)
+        plot(Path(args.plot), scores, curves, features, step, guesses, nearest, queries, data)
     if args.export:
         export(encoder, checkpoint, data, args.export)
 

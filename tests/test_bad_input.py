@@ -131,6 +131,10 @@ FOLDERS = {
     "an empty file": (lambda f: (f / "train/cat/1.jpg").write_bytes(b""), "1.jpg is not an image"),
     "a JPEG cut in half": (lambda f: cut(f / "train/cat/1.jpg", 0.5), "1.jpg is not an image"),
     "a JPEG of its head": (lambda f: cut(f / "test/dog/3.jpg", 0.1), "3.jpg is not an image"),
+    "fractions": (
+        lambda f: Image.new("F", (9, 9), 0.5).save(f / "train/cat/1.tiff"),
+        "1.tiff is not an image that can be decoded (it holds fractions",
+    ),
     "a file as dataset": (
         lambda f: (shutil.rmtree(f), f.write_text("x")),
         "nor an existing folder",
@@ -179,11 +183,20 @@ def sixteen_bits(image, path):
     assert Image.open(path.with_suffix(".png")).mode.startswith("I")
 
 
+def sixteen_bits_that_use_eight(image, path):
+    grey = torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8)
+    wide = grey.to(torch.uint16).view(image.height, image.width)
+    Image.fromarray(wide.numpy()).save(path.with_suffix(".png"))
+
+
 def one_bit(image, path):
     image.convert("1").save(path.with_suffix(".png"))
 
 
-@pytest.mark.parametrize("save", [cmyk, palette, transparent, animated, sixteen_bits, one_bit])
+@pytest.mark.parametrize(
+    "save",
+    [cmyk, palette, transparent, animated, sixteen_bits, sixteen_bits_that_use_eight, one_bit],
+)
 def test_odd_images_load(tmp_path, save):
     """Images of all kinds come out as what they show."""
     folder = image_folder(tmp_path)
@@ -193,6 +206,13 @@ def test_odd_images_load(tmp_path, save):
     images = common.load_dataset(str(folder), "data", 20).train_images
     left, right = images[0, :, :, 2:8].float(), images[0, :, :, 12:18].float()
     assert images.shape == (9, 3, 20, 20) and left.mean() < 12 and right.mean() > 243
+
+
+def test_hidden_files_and_odd_class_names_load(tmp_path):
+    folder = image_folder(tmp_path, ("[a]", "b*"))
+    (folder / "train" / ".hidden").mkdir()
+    (folder / "train" / "b*" / ".DS_Store").write_bytes(b"x")
+    assert common.load_dataset(str(folder), "data", 20).train_labels.tolist() == [0] * 4 + [1] * 4
 
 
 def test_mixed_sizes_and_names_load(tmp_path, capfd):

@@ -200,7 +200,7 @@ def test_unknown_dataset_is_named():
         common.load_dataset("mnist", "data")
 
 
-@pytest.mark.parametrize("size", [28, 32, 64, 96])
+@pytest.mark.parametrize("size", [8, 24, 25, 28, 32, 64, 96])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", common.BACKBONES)
 def test_backbone_shapes(name, channels, size):

@@ -196,7 +196,7 @@ def test_exported_convnet_runs_without_this_code(checkpoint, tiny, tmp_path, cap
     torch.testing.assert_close(seven, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(one, expected[:1], rtol=1e-4, atol=1e-5)
     again = call(capfd, tmp_path, "linear_eval.py", *options)
-    assert again.returncode == 2 and "a file that is not there yet" in again.stderr
+    assert again.returncode == 2 and "a folder and no file there yet" in again.stderr
 
 
 def test_exported_resnet_is_torchvisions(tiny, tmp_path):
@@ -269,10 +269,10 @@ def bad_weights(kind, path, good):
 BAD = {
     "missing": "does not exist",
     "folder": "is a folder",
-    "truncated": "is damaged, cut short or no PyTorch file",
-    "half": "is damaged, cut short or no PyTorch file",
-    "empty": "is damaged, cut short or no PyTorch file",
-    "text": "is damaged, cut short or no PyTorch file",
+    "truncated": "is damaged, cut short or not a PyTorch file",
+    "half": "is damaged, cut short or not a PyTorch file",
+    "empty": "is damaged, cut short or not a PyTorch file",
+    "text": "is damaged, cut short or not a PyTorch file",
     "state dict": "was not written by these training scripts",
     "tensor": "was not written by these training scripts",
     "pickle": "would run code",
