@@ -5,6 +5,7 @@ draw a batch by indexing. N images, C channels, H rows, W columns.
 """
 
 import gzip
+import hashlib
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -191,24 +192,65 @@ def load_folder(folder, image_size):
     for path in visible(folder / "test"):
         if path.is_dir() and path.name not in classes:
             raise ValueError(f"{path} has no counterpart in {folder}/train")
-    tensors = []
-    for split in ("train", "test"):
-        paths, labels = [], []
+    paths, labels = {"train": [], "test": []}, {"train": [], "test": []}
+    for split in paths:
         for label, name in enumerate(classes):
             found = [path for path in visible(folder / split / name) if path.is_file()]
             if not found:
                 raise ValueError(
                     f"{folder / split / name} holds no images: a class needs them in train and test"
                 )
-            paths += found
-            labels += [label] * len(found)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes outside Python's lock
-            decoded = pool.map(lambda path: decode_image(path, image_size), paths)
-            images = list(
-                tqdm(decoded, f"decoding {split}", len(paths), unit=" images", disable=None)
-            )
-        tensors += [torch.stack(images), torch.tensor(labels)]
-    return *tensors, classes
+            paths[split] += found
+            labels[split] += [label] * len(found)
+    files = paths["train"] + paths["test"]
+    needed, memory = 3 * image_size**2 * len(files), physical_memory()
+    if needed > memory / 2:
+        raise ValueError(
+            f"{folder}: {len(files):,} images of {image_size} pixels take {needed / 1e9:.2f} GB, over "
+            f"half of the {memory / 1e9:.2f} GB of memory: lower --image-size or use fewer images"
+        )
+    images = decode_images(files, image_size, folder / f".decoded-{image_size}.pt")
+    train, test = images.split([len(paths["train"]), len(paths["test"])])
+    return train, torch.tensor(labels["train"]), test, torch.tensor(labels["test"]), classes
+
+
+def physical_memory():
+    """Bytes of memory that this machine has, or infinity where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # Windows
+        return math.inf
+
+
+def decode_images(paths, image_size, cache):
+    """Decode files to (n, 3, image_size, image_size) uint8 on all cores, or read them from `cache`.
+
+    The cache is written beside the images. It counts only as long as every file has the name, the
+    size and the time of change that it had then.
+    """
+    state = [
+        (str(p.relative_to(cache.parent)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths
+    ]
+    key = hashlib.sha256(repr(state).encode()).hexdigest()
+    try:
+        saved = torch.load(cache, weights_only=True)
+        if saved["key"] == key and saved["images"].shape == (len(paths), 3, image_size, image_size):
+            return saved["images"]
+    except Exception:  # none yet, or a damaged one, which can fail in any way: decode again
+        pass
+    images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes outside Python's lock
+        decoded = pool.map(lambda path: decode_image(path, image_size), paths)
+        for i, image in enumerate(
+            tqdm(decoded, "decoding", len(paths), unit=" images", disable=None)
+        ):
+            images[i] = image
+    try:
+        torch.save({"key": key, "images": images}, f"{cache}.tmp")
+        os.replace(f"{cache}.tmp", cache)
+    except (OSError, RuntimeError):  # a full or read-only disk: then it is decoded each time
+        Path(f"{cache}.tmp").unlink(missing_ok=True)
+    return images
 
 
 def decode_image(path, image_size):

@@ -173,7 +173,7 @@ def test_folder(tmp_path):
 def test_folder_keeps_the_pixels_of_its_own_size(tmp_path):
     folder = image_folder(tmp_path, size=(8, 8))
     pixels = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
-    torchvision.io.write_png(pixels, str(folder / "train/cat/0.png"))
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / "train/cat/0.png")
     assert torch.equal(common.load_dataset(str(folder), "data", 8).train_images[0], pixels)
 
 
@@ -193,6 +193,52 @@ def test_broken_folder_is_named(tmp_path, break_it, message):
     break_it(folder)
     with pytest.raises(ValueError, match=message):
         common.load_dataset(str(folder), "data")
+
+
+def test_decoded_images_are_cached(tmp_path, monkeypatch):
+    folder, decode, decoded = image_folder(tmp_path), common.decode_image, []
+
+    def watched(path, image_size):
+        decoded.append(path)
+        return decode(path, image_size)
+
+    def load(size=16):
+        decoded.clear()
+        return common.load_dataset(str(folder), "data", size)
+
+    monkeypatch.setattr(common, "decode_image", watched)
+    first = load()
+    assert len(decoded) == 12
+    again = load()
+    assert not decoded
+    for a, b in zip(first[:4], again[:4], strict=True):
+        assert torch.equal(a, b)
+    assert load(8).train_images.shape == (6, 3, 8, 8) and len(decoded) == 12  # another size
+    Image.new("RGB", (20, 20), (1, 2, 3)).save(folder / "train/cat/0.png")  # another content
+    assert load().train_images[0, :, 8, 8].tolist() == [1, 2, 3] and len(decoded) == 12
+    (folder / "train/dog/1.png").rename(folder / "train/dog/7.png")
+    load()
+    assert len(decoded) == 12
+    (folder / "test/dog/1.png").unlink()
+    assert len(load().test_images) == 5 and len(decoded) == 11
+    for spoilt in (b"", b"no cache", (folder / ".decoded-16.pt").read_bytes()[:-500]):
+        (folder / ".decoded-16.pt").write_bytes(spoilt)
+        assert load().train_images.shape == (6, 3, 16, 16) and len(decoded) == 11
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
+    (folder / ".decoded-16.pt").unlink()
+    assert load().train_images.shape == (6, 3, 16, 16) and not list(folder.glob(".*16*"))
+
+
+def test_folder_that_does_not_fit_is_refused_before_decoding(tmp_path, monkeypatch):
+    folder = image_folder(tmp_path)
+    monkeypatch.setattr(common, "physical_memory", lambda: 2 * 12 * 3 * 16**2)
+    monkeypatch.setattr(common, "decode_image", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(pytest.fail.Exception):  # half of the memory is allowed
+        common.load_dataset(str(folder), "data", 16)
+    with pytest.raises(ValueError, match="12 images of 17 pixels take .* lower --image-size"):
+        common.load_dataset(str(folder), "data", 17)
+    monkeypatch.undo()
+    assert common.physical_memory() > 10**8
 
 
 def test_unknown_dataset_is_named():
