@@ -206,8 +206,8 @@ def load_folder(folder, image_size):
     needed, memory = 3 * image_size**2 * len(files), physical_memory()
     if needed > memory / 2:
         raise ValueError(
-            f"{folder}: {len(files):,} images of {image_size} pixels take {needed / 1e9:.2f} GB, over "
-            f"half of the {memory / 1e9:.2f} GB of memory: lower --image-size or use fewer images"
+            f"{folder}: {len(files):,} images of {image_size} pixels take {needed / 1e9:.2f} GB, "
+            f"over half of the {memory / 1e9:.2f} GB of memory: lower --image-size or use fewer"
         )
     images = decode_images(files, image_size, folder / f".decoded-{image_size}.pt")
     train, test = images.split([len(paths["train"]), len(paths["test"])])

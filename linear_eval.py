@@ -32,7 +32,7 @@ FORMAT = 1  # of the checkpoints that can be read; what they hold:
 KEYS = "method backbone in_channels image_size dataset args epoch step model optimizer rng metrics"
 STRENGTHS = (3, 10, 30, 100, 300, 1000)  # candidates for C: the larger, the weaker the penalty
 # Training with labels: 3,000 steps, or ten epochs where that is more. Chosen on held-out images.
-STEPS, BATCH_SIZE, SCRATCH_LR, FINETUNE_LR = 3000, 128, 0.1, 0.03
+STEPS, BATCH_SIZE, SCRATCH_LR, FINETUNE_LR = 3000, 128, 0.03, 0.01
 
 def load_encoder(path):
     """Rebuild the backbone that a training script saved; return (encoder, checkpoint).
@@ -275,7 +275,7 @@ def plot(folder, scores, curves, features, step, guesses, nearest, queries, data
         for axes, key in zip(panels[:, column], titles, strict=True):
             shown = [row for row in rows if row[key] != ""]  # kNN is not taken in every epoch
             axes.plot([row["epoch"] for row in shown], [row[key] for row in shown], marker=".")
-            axes.set(title=name, xlabel="epoch", ylabel=titles[key])
+            axes.set(title=name, xlabel="epoch", ylabel=titles[key], xlim=(0, len(rows) + 1))
             axes.grid(alpha=0.3)
         panels[1][column].sharey(panels[1][0])
         panels[2][column].set_ylim(0, 1.1)
@@ -377,7 +377,7 @@ def main(argv=None):
         draws[len(everything)] = [everything]
     most = max(draws)
     used = torch.cat([indices for trials in draws.values() for indices in trials]).unique()
-    step = math.ceil(len(data.test_labels) / 2000)  # as many points as a map can show
+    step = math.ceil(len(data.test_labels) / 1000)  # as many points as a map can show
     queries = data.test_labels.argsort(stable=True)[::math.ceil(len(data.test_labels) / 10)]
 
     torch.manual_seed(args.seed)
