@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from conftest import METHODS, write_fashion_mnist
 
+torch.set_num_threads(1)  # a fork does not take OpenMP's threads along, and would wait for them
 RUN = ["--epochs", "4", "--batch-size", "128", "--knn-every", "2", "--out", "run.pt"]
 FREE = ("images_per_second", "seconds")  # what no two runs share
 
