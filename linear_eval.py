@@ -32,7 +32,7 @@ FORMAT = 1  # of the checkpoints that can be read; what they hold:
 KEYS = "method backbone in_channels image_size dataset args epoch step model optimizer rng metrics"
 STRENGTHS = (3, 10, 30, 100, 300, 1000)  # candidates for C: the larger, the weaker the penalty
 # Training with labels: 3,000 steps, or ten epochs where that is more. Chosen on held-out images.
-STEPS, BATCH_SIZE, SCRATCH_LR, FINETUNE_LR = 3000, 128, 0.03, 0.01
+STEPS, BATCH_SIZE, SCRATCH_LR, FINETUNE_LR = 3000, 128, 0.03, 0.03
 
 def load_encoder(path):
     """Rebuild the backbone that a training script saved; return (encoder, checkpoint).
@@ -172,7 +172,7 @@ def linear_probe(train_features, train_labels, test_features, n_classes, progres
             guesses = F.linear(train[held_out], weight, bias).argmax(dim=1)
             correct[j] += (guesses == labels[held_out]).sum().item()
     strength = STRENGTHS[correct.index(max(correct))]
-    [(weight, bias)] = fit_logistic(train, labels, n_classes, [strength])
+    [(weight, bias)] = fit_logistic(train, labels, n_classes, [strength], progress=progress)
     return F.linear(test, weight, bias).argmax(dim=1).cpu(), strength
 
 def train_with_labels(backbone, images, labels, n_classes, mean, std, lr, seed, progress=None):
@@ -272,12 +272,12 @@ def plot(folder, scores, curves, features, step, guesses, nearest, queries, data
     titles = {"loss": "training loss", "knn": "kNN accuracy (%)", "z_std": "z_std (0: one point)"}
     figure, panels = new(3 + 2.5 * len(curves), 7, 3, len(curves))
     for column, (name, rows) in enumerate(curves.items()):
+        panels[1][column].sharey(panels[1][0])  # before it is drawn on, so that all are in range
         for axes, key in zip(panels[:, column], titles, strict=True):
             shown = [row for row in rows if row[key] != ""]  # kNN is not taken in every epoch
             axes.plot([row["epoch"] for row in shown], [row[key] for row in shown], marker=".")
             axes.set(title=name, xlabel="epoch", ylabel=titles[key], xlim=(0, len(rows) + 1))
             axes.grid(alpha=0.3)
-        panels[1][column].sharey(panels[1][0])
         panels[2][column].set_ylim(0, 1.1)
     figure.savefig(folder / "curves.png")
     tsne = TSNE(perplexity=min(30, math.ceil(len(data.test_labels) / step / 4)), random_state=0)
