@@ -30,7 +30,8 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import BACKBONES, DATASETS, build_backbone, load_dataset
-from linear_eval import extract_features, knn_accuracy, load_encoder
+from linear_eval import (extract_features, knn_accuracy, load_encoder, pick_device, within,
+                         write)
 # === method: constants ===
 from copy import deepcopy  # for the network that is a running mean
 METHOD, LR = "byol", 0.15  # learning rate for 256 images a step
@@ -40,13 +41,10 @@ VIEW_1 = dict(crop_scale=(0.3, 1.0), jitter=0.8, brightness=0.4, contrast=0.4, s
               hue=0.1, grayscale=0.2, solarize=0.0)
 VIEW_2 = VIEW_1 | dict(solarize=0.2)  # the asymmetry
 # === shared: options ===
-def within(low, high=10**9, kind=int):
-    """Return an argparse type: a number from `low` to `high`, both included, and not NaN."""
-    def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
-        return kind(text)
-    return number
+# What --augment changes in a view. The mirror always stays.
+WITHOUT = {"crop+color": {}, "crop": dict(jitter=0, grayscale=0, solarize=0),
+           "color": dict(crop_scale=(1, 1))}
+WITHOUT["none"] = WITHOUT["crop"] | WITHOUT["color"]
 
 def parse_args(argv=None):
     """Read the command line, or the list of strings `argv`."""
@@ -64,6 +62,7 @@ def parse_args(argv=None):
     add("--warmup-epochs", type=within(0, kind=float), default=1, help="epochs of linear warm-up")
     add("--seed", type=within(0), default=0, help="of weights, order and views")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda, cpu")
+    add("--augment", choices=WITHOUT, default="crop+color", help="what views keep (SimCLR Fig. 5)")
     add("--compile", action="store_true", help="torch.compile the networks: slow start, then fast")
     add("--knn-every", type=within(0), default=5, help="epochs between kNN tests; 0: none")
     add("--max-steps", type=within(1), help="end after so many steps, for good: a trial")
@@ -72,15 +71,16 @@ def parse_args(argv=None):
     add("--overwrite", action="store_true", help="replace an --out that is there")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on from PATH or --out")
     # === method: options ===
-    add("--momentum", type=within(0, 1, float), default=0.99, help="tau at first, rising to 1")
+    add("--momentum", type=within(0, 1, float), default=0.99, help="tau, rising to 1; 0 stays")
+    add("--predictor", choices=("mlp", "none", "frozen"), default="mlp", help="frozen: random")
+    add("--head-norm", choices=("hidden", "all", "none"), default="hidden",
+        help="BatchNorm in the heads, by default after each MLP's first layer")
     add("--hidden-dim", type=within(1), default=512, help="of both MLPs; 4096 in BYOL")
     add("--projection-dim", type=within(1), default=128, help="D; 256 in BYOL")
     # === shared: resolve options ===
     args = parser.parse_args(argv, argparse.Namespace(method=METHOD))  # --resume compares it too
     args.backbone = args.backbone or ("convnet" if args.dataset == "fashion-mnist" else "resnet18")
-    args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    if not torch.get_device_module(args.device).is_available():
-        parser.error(f"--device {args.device}: PyTorch finds none here, use --device cpu")
+    args.device = pick_device(parser, args.device)
     return args
 # === shared: augment ===
 def augment(images, crop_scale, jitter, brightness, contrast, saturation, hue, grayscale, solarize,
@@ -131,15 +131,23 @@ def shift_hue(images, shift):
     sixths = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6  # k in HSV to RGB
     return value - chroma * torch.minimum(sixths, 4 - sixths).clamp(0, 1)
 # === method: networks ===
-def mlp(in_dim, hidden_dim, out_dim):
-    """Projector or predictor: linear, BatchNorm, ReLU, linear (BYOL section 3.3)."""
-    return nn.Sequential(nn.Linear(in_dim, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim),
+def mlp(in_dim, hidden_dim, out_dim, norm):
+    """Projector or predictor: linear, BatchNorm, ReLU, linear; more BatchNorm in build_model."""
+    hidden_norm = nn.Identity() if norm == "none" else nn.BatchNorm1d(hidden_dim)
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim, bias=norm == "none"), hidden_norm,
                          nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim))
 
 def build_model(backbone, args):
     """Return the online networks (theta in the paper) and the target network (xi)."""
-    projector = mlp(backbone.feature_dim, args.hidden_dim, args.projection_dim)
-    predictor = mlp(args.projection_dim, args.hidden_dim, args.projection_dim)
+    dim = args.projection_dim
+    projector = mlp(backbone.feature_dim, args.hidden_dim, dim, args.head_norm)
+    predictor = mlp(dim, args.hidden_dim, dim, args.head_norm)
+    if args.head_norm == "all":
+        projector.append(nn.BatchNorm1d(dim))
+        predictor.append(nn.BatchNorm1d(dim))
+    if args.predictor == "none":
+        predictor = nn.Identity()
+    predictor.requires_grad_(args.predictor != "frozen")  # frozen: random weights, never trained
     target = deepcopy(nn.Sequential(backbone, projector))  # equal at first; no predictor
     return nn.ModuleDict({"backbone": backbone, "projector": projector, "predictor": predictor,
                           "target": target})
@@ -168,22 +176,14 @@ def train_step(model, optimizer, x1, x2, progress, args):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    momentum = 1 - (1 - args.momentum) * (math.cos(math.pi * progress) + 1) / 2
+    share = (math.cos(math.pi * progress) + 1) / 2 if args.momentum else 1  # 0 stays (Table 5a)
+    momentum = 1 - (1 - args.momentum) * share
     ema_update(model["target"], online, momentum)
     return loss.detach(), z1.detach()
 # === shared: monitor and checkpoint ===
 def z_std(z):
     """Spread of l2-normalised z (N, D), SimSiam Fig. 2: 0 one point, 1 healthy or along a line."""
     return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
-
-def write(path, data):
-    """Write bytes under another name and move them into place: a kill leaves old or new, whole."""
-    try:
-        Path(f"{path}.tmp").write_bytes(data)
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:
-        Path(f"{path}.tmp").unlink(missing_ok=True)
-        raise ValueError(f"{path}: {error.strerror}; mend that or name another --out") from error
 
 def save(path, checkpoint):
     """Write the metrics as .csv, then the checkpoint, which is what --resume goes by."""
@@ -211,6 +211,7 @@ def main(argv=None):
     if other:
         raise ValueError(f"{args.resume or out} was made with {other}: --resume needs the same")
     mean, std = (x.to(args.device).view(-1, 1, 1) for x in (data.mean, data.std))
+    views = [view | WITHOUT[args.augment] for view in (VIEW_1, VIEW_2)]
     steps_per_epoch = len(images) // args.batch_size  # a last short batch is left out
     if steps_per_epoch == 0:
         raise ValueError(f"--batch-size {args.batch_size} is above the {len(images)} images")
@@ -238,7 +239,7 @@ def main(argv=None):
     [network.compile() for network in model.values() if args.compile]
     if args.preview:
         sample, draws = images[:16].float() / 255, torch.Generator(args.device).manual_seed(0)
-        rows = [sample] + [augment(sample, **view, generator=draws) for view in (VIEW_1, VIEW_2)]
+        rows = [sample] + [augment(sample, **view, generator=draws) for view in views]
         save_image(F.interpolate(torch.cat(rows), scale_factor=3), args.preview, nrow=len(sample))
     bar = tqdm(range(begin, stop), initial=begin, total=stop, unit=" images",
                unit_scale=args.batch_size, disable=None)  # None: shown only on a terminal
@@ -248,8 +249,7 @@ def main(argv=None):
             order = torch.randperm(len(images), generator=generator, device=args.device)
             sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
         batch = images[order[i * args.batch_size:(i + 1) * args.batch_size]].float() / 255
-        x1 = (augment(batch, **VIEW_1, generator=generator) - mean) / std  # (N, C, H, W)
-        x2 = (augment(batch, **VIEW_2, generator=generator) - mean) / std
+        x1, x2 = [(augment(batch, **view, generator=generator) - mean) / std for view in views]
         lr = peak_lr * (1 + math.cos(math.pi * step / total_steps)) / 2  # half a cosine, to 0
         lr *= min(1, (step + 1) / max(1, warmup_steps))
         for group in optimizer.param_groups:
@@ -285,7 +285,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         out = parse_args().out
-        hint = f"--resume goes on from {out}, the last checkpoint" if os.path.exists(out) else ""
-        argparse.ArgumentParser().exit(130, f"stopped: {hint or 'nothing is saved yet'}\n")
+        hint = f"--resume goes on from {out}" if os.path.exists(out) else "nothing is saved yet"
+        argparse.ArgumentParser().exit(130, f"stopped: {hint}\n")
     except (ValueError, OSError) as error:
         argparse.ArgumentParser().exit(2, f"{METHOD}.py: error: {error}\n")

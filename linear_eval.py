@@ -12,6 +12,7 @@ same backbone with random weights, never trained. Only what a result adds to tho
 """
 
 import argparse
+import importlib
 import io
 import math
 import os
@@ -28,17 +29,19 @@ from tqdm import tqdm
 
 from common import build_backbone, load_dataset
 
+METHODS = "simclr", "moco", "byol", "simsiam"
 FORMAT = 1  # of the checkpoints that can be read; what they hold:
 KEYS = "method backbone in_channels image_size dataset args epoch step model optimizer rng metrics"
 STRENGTHS = (3, 10, 30, 100, 300, 1000)  # candidates for C: the larger, the weaker the penalty
 # Training with labels: 3,000 steps, or ten epochs where that is more. Chosen on held-out images.
 STEPS, BATCH_SIZE, SCRATCH_LR, FINETUNE_LR = 3000, 128, 0.03, 0.03
 
-def load_encoder(path):
+def load_encoder(path, layer="h"):
     """Rebuild the backbone that a training script saved; return (encoder, checkpoint).
 
-    The file is read with weights_only=True, so that it cannot run code. Raises ValueError, with
-    the path and the reason, unless it is a whole checkpoint, of the right shapes and all finite.
+    With `layer` "z" the encoder is backbone and projector, and maps to z (N, D). The file is read
+    with weights_only=True, so that it cannot run code. Raises ValueError, with the path and the
+    reason, unless it is a whole checkpoint, of the right shapes and all finite.
     """
     if not os.path.isfile(path):
         state = "is a folder" if os.path.isdir(path) else "does not exist"
@@ -63,6 +66,13 @@ def load_encoder(path):
         weights = {name.removeprefix("backbone."): value
                    for name, value in checkpoint["model"].items() if name.startswith("backbone.")}
         encoder.load_state_dict(weights)  # strict: a key too many or too few is an error
+        if layer == "z":  # the script knows its heads; imported here, as it imports this file
+            if checkpoint["method"] not in METHODS:
+                raise ValueError(f"its method is {checkpoint['method']}")
+            script = importlib.import_module(checkpoint["method"])
+            model = script.build_model(encoder, argparse.Namespace(**checkpoint["args"]))
+            model.load_state_dict(checkpoint["model"])
+            encoder = nn.Sequential(model["backbone"], model["projector"])
         broken = [key for key, value in checkpoint["model"].items() if not value.isfinite().all()]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -70,6 +80,31 @@ def load_encoder(path):
     if broken:
         raise ValueError(f"{path} has values in {broken[0]} that are not finite: train it again")
     return encoder.eval(), checkpoint
+
+def within(low, high=10**9, kind=int):
+    """Return an argparse type: a number from `low` to `high`, both included, and not NaN."""
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
+        return kind(text)
+    return number
+
+def pick_device(parser, name):
+    """Return the device for --device `name`; end the program if PyTorch finds none of that kind."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.get_device_module(name).is_available():
+        parser.error(f"--device {name}: PyTorch finds none here, use --device cpu")
+    return name
+
+def write(path, data):
+    """Write bytes under another name and move them into place: a kill leaves old or new, whole."""
+    try:
+        Path(f"{path}.tmp").write_bytes(data)
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise ValueError(f"{path}: {error.strerror}; mend that or name another file") from error
 
 def progress_bar(items, title):
     """Show `items` under a progress bar on a terminal, if there is a title."""
@@ -236,7 +271,7 @@ def export(encoder, checkpoint, data, path):
         torch.export.save(program, buffer)
     else:
         torch.save(encoder.state_dict(), buffer)
-    Path(path).write_bytes(buffer.getvalue())
+    write(path, buffer.getvalue())
     mean, std = ([round(x, 4) for x in values.tolist()] for values in (data.mean, data.std))
     shape = ", ".join(map(str, data.test_images.shape[1:]))
     print(f"{path}: takes (N, {shape}) float32, (image / 255 - {mean}) / {std} per channel")
@@ -332,32 +367,30 @@ def parse_args(argv=None):
     add("--weights", nargs="+", required=True, metavar="PT", help="checkpoints of the four scripts")
     add("--labels", nargs="+", type=label_budget, default=["all"], metavar="N",
         help="label budgets, a column each: multiples of the classes, or all")
-    add("--trials", type=int, default=3, help="draws of each budget but all: mean ± deviation")
+    add("--layer", choices=("h", "z"), default="h", help="the backbone's output or the projector's")
+    add("--trials", type=within(1), default=3, help="draws of a budget but all: mean ± deviation")
     add("--baselines", action="store_true", help="add the backbone trained on the labels alone")
     add("--finetune", action="store_true", help="add the backbones trained on with the labels")
     add("--report", action="store_true", help="print precision, recall, F1 and confusion by class")
     add("--plot", metavar="FOLDER", help="save pictures of scores, curves, features, neighbours")
     add("--export", metavar="PT", help="save the bare backbone for use without this code")
-    add("--seed", type=int, default=0, help="of the labels drawn and the random backbone")
+    add("--seed", type=within(0), default=0, help="of the labels drawn and the random backbone")
     add("--data-dir", default="data", help="folder that has, or gets, a named dataset's files")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda, cpu")
     args = parser.parse_args(argv)
-    if args.trials < 1 or not 0 <= args.seed < 10**9:
-        parser.error(f"--trials {args.trials} must be at least 1, --seed {args.seed} at least 0")
     if args.export and (len(args.weights) > 1 or os.path.exists(args.export)
                         or not os.path.isdir(os.path.dirname(args.export) or ".")):
         parser.error(f"--export {args.export} needs one --weights, a folder and no file there yet")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not torch.get_device_module(args.device).is_available():
-        parser.error(f"--device {args.device}: PyTorch finds none here, use --device cpu")
+    if args.layer == "z" and (args.export or args.finetune):
+        parser.error("--export and --finetune are for the backbone: use --layer h")
+    args.device = pick_device(parser, args.device)
     return args
 
 def main(argv=None):
     """Print a table of how well pixels, random features and learnt features tell classes apart."""
     from sklearn.metrics import classification_report, confusion_matrix, f1_score
     args = parse_args(argv)
-    loaded = {path: load_encoder(path) for path in args.weights}
+    loaded = {path: load_encoder(path, args.layer) for path in args.weights}
     checkpoint = loaded[args.weights[0]][1]
     for path, (_, other) in loaded.items():
         for key in ("dataset", "image_size", "backbone"):
@@ -381,7 +414,7 @@ def main(argv=None):
     queries = data.test_labels.argsort(stable=True)[::math.ceil(len(data.test_labels) / 10)]
 
     torch.manual_seed(args.seed)
-    frozen = {"raw pixels": nn.Flatten(), "random init": build_backbone(*shape)}
+    frozen = {"raw pixels": nn.Flatten(), "random init": build_backbone(*shape)}  # always h
     frozen |= {path: encoder for path, (encoder, _) in loaded.items()}
     before = {path: deepcopy(encoder.state_dict()) for path, (encoder, _) in loaded.items()}
     tasks = [(name, network, 0) for name, network in frozen.items()]  # learning rate 0: a probe

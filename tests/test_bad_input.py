@@ -74,8 +74,8 @@ OPTIONS = [
         "--labels: invalid label_budget value",
     ),
     (["linear_eval"], ["--weights", "x", "--labels"], "--labels: expected at least one argument"),
-    (["linear_eval"], ["--weights", "x", "--trials", "0"], "--trials 0 must be at least 1"),
-    (["linear_eval"], ["--weights", "x", "--seed", "-1"], "--seed -1 at least 0"),
+    (["linear_eval"], ["--weights", "x", "--trials", "0"], "--trials: must be from 1"),
+    (["linear_eval"], ["--weights", "x", "--seed", "-1"], "--seed: must be from 0"),
     (["linear_eval"], ["--weights", "x", "y", "--export", "e"], "--export e needs one --weights"),
     (["linear_eval"], ["--weights", "x", "--device", "tpu"], "--device: invalid choice: 'tpu'"),
 ]

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 SCRIPTS = {"simclr": simclr, "moco": moco, "byol": byol, "simsiam": simsiam}
 ARGS = SimpleNamespace(
     momentum=0.9, hidden_dim=16, projection_dim=8, bottleneck_dim=4, temperature=0.3, lr=0.1,
-    batch_size=256, queue_size=20, mlp=True, symmetric=False, stop_grad=True,
+    batch_size=256, queue_size=20, mlp=True, symmetric=False, stop_grad=True, predictor="mlp",
+    predictor_lr="fixed", head_norm="default", projector="mlp",
 )  # fmt: skip
 
 
