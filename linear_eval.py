@@ -28,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import build_backbone, load_dataset
+from plumbing import pick_device, within, write
 
 METHODS = "simclr", "moco", "byol", "simsiam"
 FORMAT = 1  # of the checkpoints that can be read; what they hold:
@@ -80,31 +81,6 @@ def load_encoder(path, layer="h"):
     if broken:
         raise ValueError(f"{path} has values in {broken[0]} that are not finite: train it again")
     return encoder.eval(), checkpoint
-
-def within(low, high=10**9, kind=int):
-    """Return an argparse type: a number from `low` to `high`, both included, and not NaN."""
-    def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
-        return kind(text)
-    return number
-
-def pick_device(parser, name):
-    """Return the device for --device `name`; end the program if PyTorch finds none of that kind."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not torch.get_device_module(name).is_available():
-        parser.error(f"--device {name}: PyTorch finds none here, use --device cpu")
-    return name
-
-def write(path, data):
-    """Write bytes under another name and move them into place: a kill leaves old or new, whole."""
-    try:
-        Path(f"{path}.tmp").write_bytes(data)
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:
-        Path(f"{path}.tmp").unlink(missing_ok=True)
-        raise ValueError(f"{path}: {error.strerror}; mend that or name another file") from error
 
 def progress_bar(items, title):
     """Show `items` under a progress bar on a terminal, if there is a title."""

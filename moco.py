@@ -25,11 +25,13 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import BACKBONES, DATASETS, build_backbone, load_dataset
-from linear_eval import (extract_features, knn_accuracy, load_encoder, pick_device, within,
-                         write)
+from linear_eval import extract_features, knn_accuracy, load_encoder
+from plumbing import (RANK, WORLD, average_gradients, gather, join_processes, pick_device,
+                      sync_batchnorm, within, write)
 # === method: constants ===
 from copy import deepcopy  # for the network that is a running mean
 METHOD, LR = "moco", 0.15  # learning rate for 256 images a step
+SYNC_BATCHNORM = False  # over the GPUs, if there are several: keys are shuffled instead
 TRAINED = ("backbone", "projector")  # what the optimizer moves: not the key encoder
 # The views of MoCo v2, with milder crops and no blur, which 28 pixels cannot spare.
 VIEW_1 = dict(crop_scale=(0.3, 1.0), jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4,
@@ -166,12 +168,15 @@ def train_step(model, optimizer, x1, x2, progress, args):
         with torch.autocast(x1.device.type, torch.bfloat16, enabled=x1.is_cuda):
             q = query_encoder(x_query)  # (N, D)
             with torch.no_grad():  # stop-gradient: keys come from the running mean, as in the queue
-                k = model["key_encoder"](x_key)  # (N, D)
+                # ShuffleBN (section 3.3): BatchNorm sees keys of other images than the queries'.
+                k = model["key_encoder"](gather(x_key)[RANK::WORLD])  # (N, D)
         q, k = F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
+        keys.append(gather(k).unflatten(0, (WORLD, -1)).transpose(0, 1).flatten(0, 1))  # in order
+        k = keys[-1][RANK * len(q):(RANK + 1) * len(q)]
         loss += info_nce(q, k, model.queue, args.temperature) / (1 + args.symmetric)
-        keys.append(k)
     optimizer.zero_grad()
     loss.backward()
+    average_gradients(optimizer)
     optimizer.step()
     ema_update(model["key_encoder"], query_encoder, args.momentum)
     # Only now: backward() needed the old queue, and keys must not be negatives of their own images.
@@ -193,6 +198,7 @@ def save(path, checkpoint):
 def main(argv=None):
     """Train as the command line, or the list `argv`, says."""
     args = parse_args(argv)
+    join_processes(args)
     out = Path(args.out)
     if out.is_dir() or out.suffix == ".csv":
         raise ValueError(f"--out {out} is a folder or .csv: name a file such as {METHOD}.pt")
@@ -217,6 +223,7 @@ def main(argv=None):
     generator = torch.Generator(args.device).manual_seed(args.seed)  # for the order and the views
     backbone = build_backbone(args.backbone, images.shape[1], images.shape[3])
     model = build_model(backbone, args).to(args.device)
+    model = sync_batchnorm(model) if SYNC_BATCHNORM else model
     groups = [dict(params=[p for p in model[name].parameters() if (p.ndim > 1) == decays],
                    weight_decay=decays * args.weight_decay, name=name)  # biases and BatchNorm do
               for name in TRAINED for decays in (True, False)]  # not decay, as is usual
@@ -231,28 +238,30 @@ def main(argv=None):
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{args.resume or out} is not whole: {error!r}") from error
         metrics, begin = saved["metrics"], saved["step"]
-    write(f"{out}.trial", bytes(2 * sum(x.nbytes for x in model.state_dict().values())))
-    os.remove(f"{out}.trial")  # the disk has room: better known now than after an epoch
+    if RANK == 0:
+        write(f"{out}.trial", bytes(2 * sum(x.nbytes for x in model.state_dict().values())))
+        os.remove(f"{out}.trial")  # the disk has room: better known now than after an epoch
     [network.compile() for network in model.values() if args.compile]
-    if args.preview:
+    if args.preview and RANK == 0:
         sample, draws = images[:16].float() / 255, torch.Generator(args.device).manual_seed(0)
         rows = [sample] + [augment(sample, **view, generator=draws) for view in views]
         save_image(F.interpolate(torch.cat(rows), scale_factor=3), args.preview, nrow=len(sample))
     bar = tqdm(range(begin, stop), initial=begin, total=stop, unit=" images",
-               unit_scale=args.batch_size, disable=None)  # None: shown only on a terminal
+               unit_scale=args.batch_size, disable=RANK > 0 or None)  # None: terminals only
     for step in bar:
         i = step % steps_per_epoch
         if i == 0:  # a new epoch: a new order of the images, and sums of loss and z_std
             order = torch.randperm(len(images), generator=generator, device=args.device)
             sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
         batch = images[order[i * args.batch_size:(i + 1) * args.batch_size]].float() / 255
-        x1, x2 = [(augment(batch, **view, generator=generator) - mean) / std for view in views]
+        x1, x2 = [(augment(batch, **view, generator=generator).chunk(WORLD)[RANK] - mean) / std
+                  for view in views]  # (N, C, H, W): of several processes, each has its share
         lr = peak_lr * (1 + math.cos(math.pi * step / total_steps)) / 2  # half a cosine, to 0
         lr *= min(1, (step + 1) / max(1, warmup_steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss, z = train_step(model, optimizer, x1, x2, step / total_steps, args)
-        sums += torch.stack([loss, z_std(z)])
+        sums += torch.stack([gather(loss[None]).mean(), z_std(gather(z))])
         if i % 20 == 0 and not bar.disable:  # not at each step: reading waits for the device
             bar.set_postfix(loss=loss.item(), lr=lr)
         if i + 1 < steps_per_epoch and step + 1 < stop:
@@ -261,6 +270,8 @@ def main(argv=None):
         seconds, epoch, knn = time.perf_counter() - begun, step // steps_per_epoch + 1, ""
         if not math.isfinite(loss):
             raise ValueError(f"loss {loss} in epoch {epoch} at learning rate {lr:.2g}: lower --lr")
+        if RANK > 0:  # the first process measures and saves
+            continue
         if args.knn_every and (epoch % args.knn_every == 0 or step + 1 == total_steps):
             some = torch.where(data.train_labels >= 0)[0][::max(1, len(images) // 20_000)]
             bank, queries = (extract_features(backbone, x, mean, std)
