@@ -72,6 +72,7 @@ def parse_args(argv=None):
     add("--resume", nargs="?", const="", metavar="PATH", help="go on from PATH or --out")
     # === method: options ===
     add("--temperature", type=within(1e-3, 100, float), default=0.2, help="tau of Eq. 1")
+    add("--optimizer", choices=("sgd", "lars"), default="sgd", help="lars: try --lr 0.3")
     add("--projector", choices=("mlp", "linear", "none"), default="mlp", help="the head (Fig. 8)")
     add("--hidden-dim", type=within(1), default=512, help="of the projector; 2048 in SimCLR")
     add("--projection-dim", type=within(1), default=128, help="D; 128 in SimCLR")
@@ -152,6 +153,18 @@ def nt_xent(z1, z2, temperature):
     logits = logits.masked_fill(itself, -math.inf)  # a view is not its own negative
     partner = torch.arange(2 * n, device=z.device).roll(n)  # N rows further, or back
     return F.cross_entropy(logits, partner)
+# === method: LARS ===
+@torch.no_grad()
+def lars(optimizer, eta=1e-3):
+    """Rescale gradients so that SGD's next step is that of LARS (You et al. 2017, Eq. 6), with
+    which SimCLR trains: each layer moves by a share of its own norm, however large its gradient."""
+    for group in optimizer.param_groups:
+        for w in group["params"]:
+            if w.ndim > 1:  # not biases and BatchNorm
+                update = w.grad + group["weight_decay"] * w
+                norms = eta * w.norm() / update.norm()
+                ratio = torch.where(norms.isfinite() & (norms > 0), norms, 1)  # a norm may be 0
+                w.grad.copy_(ratio * update - group["weight_decay"] * w)  # SGD adds the last term
 # === method: step ===
 def train_step(model, optimizer, x1, x2, progress, args):
     """Learn from two views (N, C, H, W) at `progress` (0 to 1) of the run: loss, z1 (N, D)."""
@@ -164,6 +177,8 @@ def train_step(model, optimizer, x1, x2, progress, args):
     optimizer.zero_grad()
     (WORLD * loss).backward()
     average_gradients(optimizer)
+    if args.optimizer == "lars":
+        lars(optimizer)
     optimizer.step()
     return loss.detach(), z1.detach()
 # === shared: monitor and checkpoint ===

@@ -18,7 +18,7 @@ SCRIPTS = {"simclr": simclr, "moco": moco, "byol": byol, "simsiam": simsiam}
 ARGS = SimpleNamespace(
     momentum=0.9, hidden_dim=16, projection_dim=8, bottleneck_dim=4, temperature=0.3, lr=0.1,
     batch_size=256, queue_size=20, mlp=True, symmetric=False, stop_grad=True, predictor="mlp",
-    predictor_lr="fixed", head_norm="default", projector="mlp",
+    predictor_lr="fixed", head_norm="default", projector="mlp", optimizer="sgd",
 )  # fmt: skip
 
 
@@ -260,3 +260,54 @@ def test_steps_learn(name):
     assert (
         F.normalize(SCRIPTS[name].train_step(model, sgd, *views(16), 0, args)[1]).isfinite().all()
     )
+
+
+def test_lars_by_hand():
+    """Two steps with momentum: one weight, one bias, one weight whose gradient is zero."""
+    values = {"weight": [[3.0, 4.0]], "bias": [1.0, 2.0], "idle": [[2.0]]}
+    p = {name: nn.Parameter(torch.tensor(value)) for name, value in values.items()}
+    groups = [dict(params=[p["weight"], p["idle"]], weight_decay=0.1), dict(params=[p["bias"]])]
+    sgd = torch.optim.SGD(groups, 0.5, momentum=0.9)
+    weight, bias, speed, bias_speed = [3.0, 4.0], [1.0, 2.0], [0.0, 0.0], [0.0, 0.0]
+    idle, idle_speed = 2.0, 0.0
+    for gradient in ([6.0, -8.0], [1.0, 2.0]):
+        p["weight"].grad = torch.tensor([gradient])
+        p["bias"].grad = torch.tensor(gradient)
+        p["idle"].grad = torch.zeros(1, 1)
+        simclr.lars(sgd)
+        sgd.step()
+        update = [g + 0.1 * w for g, w in zip(gradient, weight, strict=True)]
+        ratio = 1e-3 * math.hypot(*weight) / math.hypot(*update)
+        speed = [0.9 * v + ratio * u for v, u in zip(speed, update, strict=True)]
+        weight = [w - 0.5 * v for w, v in zip(weight, speed, strict=True)]
+        bias_speed = [0.9 * v + g for v, g in zip(bias_speed, gradient, strict=True)]
+        bias = [b - 0.5 * v for b, v in zip(bias, bias_speed, strict=True)]
+        idle_speed = 0.9 * idle_speed + 1e-3 * idle / (0.1 * idle) * 0.1 * idle
+        idle -= 0.5 * idle_speed
+        torch.testing.assert_close(p["weight"].data, torch.tensor([weight]))
+        torch.testing.assert_close(p["bias"].data, torch.tensor(bias))
+        assert p["idle"].item() == pytest.approx(idle, rel=1e-6)
+
+
+@pytest.mark.parametrize("weight, gradient, expected", [(0.0, 2.0, -1.0), (0.0, 0.0, 0.0)])
+def test_lars_where_a_norm_is_zero(weight, gradient, expected):
+    """Then there is nothing to scale by: a plain step of SGD, and no NaN."""
+    w = nn.Parameter(torch.full((1, 1), weight))
+    sgd = torch.optim.SGD([dict(params=[w], weight_decay=0.1)], 0.5)
+    w.grad = torch.full((1, 1), gradient)
+    simclr.lars(sgd)
+    sgd.step()
+    assert w.item() == expected
+
+
+def test_lars_is_used_on_demand():
+    moved = {}
+    for name in ("sgd", "lars"):
+        model, args = build("simclr", optimizer=name)
+        before = copy.deepcopy(model)
+        step("simclr", model, args, *views())
+        for (key, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
+            moved[name, key] = ((p - old).norm() / old.norm()).item()
+    weight, norm = "backbone.0.weight", "backbone.1.weight"
+    assert moved["lars", weight] == pytest.approx(0.1 * 1e-3, rel=1e-3) != moved["sgd", weight]
+    assert moved["lars", norm] == moved["sgd", norm]
