@@ -228,7 +228,7 @@ def main(argv=None):
                    weight_decay=decays * args.weight_decay, name=name)  # biases and BatchNorm do
               for name in TRAINED for decays in (True, False)]  # not decay, as is usual
     peak_lr = args.lr * args.batch_size / 256
-    optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9)
+    optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9, fused=args.device == "cuda")
     metrics, begin, stop = [], 0, min(args.max_steps or total_steps, total_steps)
     if args.resume is not None:
         try:
