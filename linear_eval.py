@@ -398,8 +398,8 @@ def main(argv=None):
     tasks += [(f"{path} fine-tuned", frozen[path], FINETUNE_LR) for path in loaded if args.finetune]
     width = max(len(name) for name, *_ in tasks) + 1
     print(f"{checkpoint['dataset']}, {checkpoint['backbone']}, layer {args.layer}, "
-          f"{len(data.test_images):,} test images. Accuracy in percent; macro-F1, kNN, C: last draw "
-          f"of {most:,}.\n\n{'':<{width}}"
+          f"{len(data.test_images):,} test images. Accuracy in percent; macro-F1, kNN, C: last "
+          f"draw of {most:,}.\n\n{'':<{width}}"
           + "".join(f"{f'{n:,} labels':>15}" for n in draws) + "  macro-F1    kNN     C    s")
     scores, features, guesses, nearest = {}, {}, {}, {}
     for name, network, lr in tasks:
