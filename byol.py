@@ -38,12 +38,12 @@ from copy import deepcopy  # for the network that is a running mean
 METHOD, LR = "byol", 0.15  # learning rate for 256 images a step
 SYNC_BATCHNORM = True  # over the GPUs, if there are several
 TRAINED = ("backbone", "projector", "predictor")  # what the optimizer moves: not the target
-# The views of BYOL's appendix B, less the blur, which 28 pixels cannot spare.
+# The views of BYOL's appendix B, with milder crops and no blur, which 28 pixels cannot spare.
 VIEW_1 = dict(crop_scale=(0.3, 1.0), jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2,
               hue=0.1, grayscale=0.2, solarize=0.0)
 VIEW_2 = VIEW_1 | dict(solarize=0.2)  # the asymmetry
 # === shared: options ===
-# What --augment changes in a view. The mirror always stays.
+# What each --augment, named after what it keeps, switches off. The mirror always stays.
 WITHOUT = {"crop+color": {}, "crop": dict(jitter=0, grayscale=0, solarize=0),
            "color": dict(crop_scale=(1, 1))}
 WITHOUT["none"] = WITHOUT["crop"] | WITHOUT["color"]
@@ -73,8 +73,8 @@ def parse_args(argv=None):
     add("--overwrite", action="store_true", help="replace an --out that is there")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on from PATH or --out")
     # === method: options ===
-    add("--momentum", type=within(0, 1, float), default=0.99, help="tau, rising to 1; 0 stays")
-    add("--predictor", choices=("mlp", "none", "frozen"), default="mlp", help="frozen: random")
+    add("--momentum", type=within(0, 1, float), default=0.99, help="tau, grows to 1; 0 stays 0")
+    add("--predictor", choices=("mlp", "none", "frozen"), default="mlp", help="frozen: not trained")
     add("--head-norm", choices=("hidden", "all", "none"), default="hidden",
         help="BatchNorm in the heads, by default after each MLP's first layer")
     add("--hidden-dim", type=within(1), default=512, help="of both MLPs; 4096 in BYOL")
@@ -166,12 +166,12 @@ def ema_update(target, online, momentum):
         xi.lerp_(theta, 1 - momentum)
 # === method: step ===
 def train_step(model, optimizer, x1, x2, progress, args):
-    """Learn from two views (N, C, H, W) at `progress` (0 to 1) of the run: loss, z1 (N, D)."""
+    """Learn from two views (N, C, H, W) at `progress` (0 to 1) in the run; return loss, z1."""
     online = nn.Sequential(model["backbone"], model["projector"])
     with torch.autocast(x1.device.type, torch.bfloat16, enabled=x1.is_cuda):
-        z1, z2 = online(x1), online(x2)  # (N, D)
+        z1, z2 = online(x1), online(x2)  # (N, D); apart: BatchNorm takes each view's statistics
         p1, p2 = model["predictor"](z1), model["predictor"](z2)  # (N, D)
-        with torch.no_grad():  # stop-gradient: the online network learns, its target does not
+        with torch.no_grad():  # stop-gradient: the target moves in ema_update only
             t1, t2 = model["target"](x1), model["target"](x2)  # (N, D)
     # What one view predicts is the target's projection of the other view.
     loss = regression_loss(p1.float(), t2.float()) + regression_loss(p2.float(), t1.float())
@@ -185,14 +185,14 @@ def train_step(model, optimizer, x1, x2, progress, args):
     return loss.detach(), z1.detach()
 # === shared: monitor and checkpoint ===
 def z_std(z):
-    """Spread of l2-normalised z (N, D), SimSiam Fig. 2: 0 one point, 1 healthy or along a line."""
+    """Std of l2-normalised z (N, D) times sqrt(D) (SimSiam Fig. 2): 0 is one point, 1 healthy."""
     return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 def save(path, checkpoint):
     """Write the metrics as .csv, then the checkpoint, which is what --resume goes by."""
     buffer, log = io.BytesIO(), checkpoint["metrics"]
     torch.save(checkpoint, buffer)
-    lines = [",".join(map(str, x)) + "\n" for x in [log[0], *(row.values() for row in log)]]
+    lines = [",".join(map(str, x)) + "\n" for x in [log[0].keys(), *(row.values() for row in log)]]
     write(path.with_suffix(".csv"), "".join(lines).encode())
     write(path, buffer.getvalue())
 # === shared: main ===
@@ -210,7 +210,7 @@ def main(argv=None):
     images = data.train_images.to(args.device)  # (n, C, H, W) uint8: all of it stays on the device
     args.n_images = len(images)  # kept with the options, for a --resume with other images
     saved = dict(args={}) if args.resume is None else load_encoder(args.resume or out)[1]
-    free = "data_dir compile knn_every preview out overwrite resume".split()
+    free = "data_dir compile knn_every preview out overwrite resume".split()  # may differ
     other = {k: v for k, v in saved["args"].items() if k not in free and vars(args).get(k) != v}
     if other:
         raise ValueError(f"{args.resume or out} was made with {other}: --resume needs the same")
@@ -274,7 +274,7 @@ def main(argv=None):
         if RANK > 0:  # the first process measures and saves
             continue
         if args.knn_every and (epoch % args.knn_every == 0 or step + 1 == total_steps):
-            some = torch.where(data.train_labels >= 0)[0][::max(1, len(images) // 20_000)]
+            some = (known := torch.where(data.train_labels >= 0)[0])[::max(1, len(known) // 20_000)]
             bank, queries = (extract_features(backbone, x, mean, std)
                              for x in (data.train_images[some], data.test_images))
             knn = knn_accuracy(bank, data.train_labels[some], queries, data.test_labels)
@@ -287,7 +287,7 @@ def main(argv=None):
             step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
             rng=generator.get_state(), metrics=metrics))
         with bar.external_write_mode():
-            print("  ".join(f"{k} {v:.4g}" for k, v in metrics[-1].items() if v != ""), flush=True)
+            print("  ".join(f"{k} {v:.6g}" for k, v in metrics[-1].items() if v != ""), flush=True)
 
 if __name__ == "__main__":
     try:

@@ -6,7 +6,7 @@ comparable because their encoder changes slowly: as a running mean of the query 
 N batch, D projection, K queue; q = projector(backbone(x)), k = key_encoder(x), both of length 1.
     python moco.py --epochs 10                # 4.5 minutes on two EPYC (Zen 3) cores
     python linear_eval.py --weights moco.pt   # 90.8% linear, random init 88.1% (--seed 1)
-Unlike the paper: momentum 0.99, K 4,096, mild crops, no blur; no shuffled BatchNorm (see README).
+Unlike the papers: momentum 0.99, K 4,096, mild crops, no blur; ShuffleBN only across processes.
 """
 
 # === shared: imports ===
@@ -38,7 +38,7 @@ VIEW_1 = dict(crop_scale=(0.3, 1.0), jitter=0.8, brightness=0.4, contrast=0.4, s
               hue=0.1, grayscale=0.2, solarize=0.0)
 VIEW_2 = VIEW_1
 # === shared: options ===
-# What --augment changes in a view. The mirror always stays.
+# What each --augment, named after what it keeps, switches off. The mirror always stays.
 WITHOUT = {"crop+color": {}, "crop": dict(jitter=0, grayscale=0, solarize=0),
            "color": dict(crop_scale=(1, 1))}
 WITHOUT["none"] = WITHOUT["crop"] | WITHOUT["color"]
@@ -162,13 +162,13 @@ def ema_update(target, online, momentum):
         key.lerp_(query, 1 - momentum)
 # === method: step ===
 def train_step(model, optimizer, x1, x2, progress, args):
-    """Learn from two views (N, C, H, W) at `progress` (0 to 1) of the run: loss, q (N, D)."""
+    """Learn from two views (N, C, H, W); return loss, q (N, D). Only BYOL needs `progress`."""
     query_encoder, loss, keys = nn.Sequential(model["backbone"], model["projector"]), 0, []
     for x_query, x_key in [(x1, x2), (x2, x1)][:1 + args.symmetric]:
         with torch.autocast(x1.device.type, torch.bfloat16, enabled=x1.is_cuda):
             q = query_encoder(x_query)  # (N, D)
-            with torch.no_grad():  # stop-gradient: keys come from the running mean, as in the queue
-                # ShuffleBN (section 3.3): BatchNorm sees keys of other images than the queries'.
+            with torch.no_grad():  # stop-gradient: only ema_update moves the key encoder
+                # ShuffleBN (section 3.3), a no-op alone: shared batch statistics would betray k_i.
                 k = model["key_encoder"](gather(x_key)[RANK::WORLD])  # (N, D)
         q, k = F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
         keys.append(gather(k).unflatten(0, (WORLD, -1)).transpose(0, 1).flatten(0, 1))  # in order
@@ -184,14 +184,14 @@ def train_step(model, optimizer, x1, x2, progress, args):
     return loss.detach(), q.detach()
 # === shared: monitor and checkpoint ===
 def z_std(z):
-    """Spread of l2-normalised z (N, D), SimSiam Fig. 2: 0 one point, 1 healthy or along a line."""
+    """Std of l2-normalised z (N, D) times sqrt(D) (SimSiam Fig. 2): 0 is one point, 1 healthy."""
     return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 def save(path, checkpoint):
     """Write the metrics as .csv, then the checkpoint, which is what --resume goes by."""
     buffer, log = io.BytesIO(), checkpoint["metrics"]
     torch.save(checkpoint, buffer)
-    lines = [",".join(map(str, x)) + "\n" for x in [log[0], *(row.values() for row in log)]]
+    lines = [",".join(map(str, x)) + "\n" for x in [log[0].keys(), *(row.values() for row in log)]]
     write(path.with_suffix(".csv"), "".join(lines).encode())
     write(path, buffer.getvalue())
 # === shared: main ===
@@ -209,7 +209,7 @@ def main(argv=None):
     images = data.train_images.to(args.device)  # (n, C, H, W) uint8: all of it stays on the device
     args.n_images = len(images)  # kept with the options, for a --resume with other images
     saved = dict(args={}) if args.resume is None else load_encoder(args.resume or out)[1]
-    free = "data_dir compile knn_every preview out overwrite resume".split()
+    free = "data_dir compile knn_every preview out overwrite resume".split()  # may differ
     other = {k: v for k, v in saved["args"].items() if k not in free and vars(args).get(k) != v}
     if other:
         raise ValueError(f"{args.resume or out} was made with {other}: --resume needs the same")
@@ -273,7 +273,7 @@ def main(argv=None):
         if RANK > 0:  # the first process measures and saves
             continue
         if args.knn_every and (epoch % args.knn_every == 0 or step + 1 == total_steps):
-            some = torch.where(data.train_labels >= 0)[0][::max(1, len(images) // 20_000)]
+            some = (known := torch.where(data.train_labels >= 0)[0])[::max(1, len(known) // 20_000)]
             bank, queries = (extract_features(backbone, x, mean, std)
                              for x in (data.train_images[some], data.test_images))
             knn = knn_accuracy(bank, data.train_labels[some], queries, data.test_labels)
@@ -286,7 +286,7 @@ def main(argv=None):
             step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
             rng=generator.get_state(), metrics=metrics))
         with bar.external_write_mode():
-            print("  ".join(f"{k} {v:.4g}" for k, v in metrics[-1].items() if v != ""), flush=True)
+            print("  ".join(f"{k} {v:.6g}" for k, v in metrics[-1].items() if v != ""), flush=True)
 
 if __name__ == "__main__":
     try:

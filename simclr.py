@@ -1,10 +1,10 @@
 """SimCLR (Chen et al. 2020, https://arxiv.org/abs/2002.05709), whole.
 
 Take a batch of images and draw two random views of each. Of all other views in the batch, one shows
-the same image and the rest show other ones: the network must tell which. It does so by giving the
-two views of an image similar embeddings and all other pairs dissimilar ones, so what survives is
-what cropping and colour changes leave alone: the content. The batch itself supplies the negatives,
-which is why larger batches help. The head is thrown away: the layer below it is the feature.
+the same image and the rest, the negatives, show other ones: the network must tell which. It gives
+the two views of an image similar embeddings and all other pairs dissimilar ones, so what survives
+is what cropping and colour changes leave alone: the content. A larger batch has more negatives,
+which helps. After training the head, the projector, is thrown away: h, below it, is the feature.
 
 Eq. 1 is the loss, NT-Xent. N batch, D projection; h = backbone(x), z = projector(h); 2N views.
     python simclr.py --epochs 10                # 6 minutes on two EPYC (Zen 3) cores
@@ -34,14 +34,14 @@ from plumbing import (RANK, WORLD, average_gradients, gather, join_processes, pi
                       sync_batchnorm, within, write)
 # === method: constants ===
 METHOD, LR = "simclr", 0.25  # learning rate for 256 images a step
-SYNC_BATCHNORM = True  # over the GPUs, if there are several
+SYNC_BATCHNORM = True  # over all GPUs, lest one's own statistics betray its pairs (section 2.2)
 TRAINED = ("backbone", "projector")  # what the optimizer moves: everything
-# The views of SimCLR's appendix A at half strength, less the blur, which 28 pixels cannot spare.
+# The views of SimCLR's appendix A at half strength, with milder crops and no blur: 28 pixels.
 VIEW_1 = dict(crop_scale=(0.3, 1.0), jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4,
               hue=0.1, grayscale=0.2, solarize=0.0)
 VIEW_2 = VIEW_1
 # === shared: options ===
-# What --augment changes in a view. The mirror always stays.
+# What each --augment, named after what it keeps, switches off. The mirror always stays.
 WITHOUT = {"crop+color": {}, "crop": dict(jitter=0, grayscale=0, solarize=0),
            "color": dict(crop_scale=(1, 1))}
 WITHOUT["none"] = WITHOUT["crop"] | WITHOUT["color"]
@@ -131,7 +131,7 @@ def shift_hue(images, shift):
     return value - chroma * torch.minimum(sixths, 4 - sixths).clamp(0, 1)
 # === method: networks ===
 def mlp(in_dim, hidden_dim, out_dim):
-    """Projector: linear, BatchNorm, ReLU, linear (SimCLR section 2.1)."""
+    """Projector (SimCLR section 2.1), with BatchNorm as in its code: linear, norm, ReLU, linear."""
     return nn.Sequential(nn.Linear(in_dim, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim),
                          nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim))
 
@@ -167,12 +167,12 @@ def lars(optimizer, eta=1e-3):
                 w.grad.copy_(ratio * update - group["weight_decay"] * w)  # SGD adds the last term
 # === method: step ===
 def train_step(model, optimizer, x1, x2, progress, args):
-    """Learn from two views (N, C, H, W) at `progress` (0 to 1) of the run: loss, z1 (N, D)."""
+    """Learn from two views (N, C, H, W); return loss, z1 (N, D). Only BYOL needs `progress`."""
     with torch.autocast(x1.device.type, torch.bfloat16, enabled=x1.is_cuda):
         h = model["backbone"](torch.cat([x1, x2]))  # (2N, feature_dim): BatchNorm sees all views
         z1, z2 = model["projector"](h).chunk(2)  # (N, D)
-    # Negatives of all processes. Each follows the gradient of its own rows and the mean of WORLD
-    # gradients is taken: so times WORLD.
+    # Rows of all processes, so all negatives. The gradient flows into a process's own rows only:
+    # that of the loss is the sum over processes, average_gradients takes the mean, so times WORLD.
     loss = nt_xent(gather(z1.float()), gather(z2.float()), args.temperature)
     optimizer.zero_grad()
     (WORLD * loss).backward()
@@ -183,14 +183,14 @@ def train_step(model, optimizer, x1, x2, progress, args):
     return loss.detach(), z1.detach()
 # === shared: monitor and checkpoint ===
 def z_std(z):
-    """Spread of l2-normalised z (N, D), SimSiam Fig. 2: 0 one point, 1 healthy or along a line."""
+    """Std of l2-normalised z (N, D) times sqrt(D) (SimSiam Fig. 2): 0 is one point, 1 healthy."""
     return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 def save(path, checkpoint):
     """Write the metrics as .csv, then the checkpoint, which is what --resume goes by."""
     buffer, log = io.BytesIO(), checkpoint["metrics"]
     torch.save(checkpoint, buffer)
-    lines = [",".join(map(str, x)) + "\n" for x in [log[0], *(row.values() for row in log)]]
+    lines = [",".join(map(str, x)) + "\n" for x in [log[0].keys(), *(row.values() for row in log)]]
     write(path.with_suffix(".csv"), "".join(lines).encode())
     write(path, buffer.getvalue())
 # === shared: main ===
@@ -208,7 +208,7 @@ def main(argv=None):
     images = data.train_images.to(args.device)  # (n, C, H, W) uint8: all of it stays on the device
     args.n_images = len(images)  # kept with the options, for a --resume with other images
     saved = dict(args={}) if args.resume is None else load_encoder(args.resume or out)[1]
-    free = "data_dir compile knn_every preview out overwrite resume".split()
+    free = "data_dir compile knn_every preview out overwrite resume".split()  # may differ
     other = {k: v for k, v in saved["args"].items() if k not in free and vars(args).get(k) != v}
     if other:
         raise ValueError(f"{args.resume or out} was made with {other}: --resume needs the same")
@@ -272,7 +272,7 @@ def main(argv=None):
         if RANK > 0:  # the first process measures and saves
             continue
         if args.knn_every and (epoch % args.knn_every == 0 or step + 1 == total_steps):
-            some = torch.where(data.train_labels >= 0)[0][::max(1, len(images) // 20_000)]
+            some = (known := torch.where(data.train_labels >= 0)[0])[::max(1, len(known) // 20_000)]
             bank, queries = (extract_features(backbone, x, mean, std)
                              for x in (data.train_images[some], data.test_images))
             knn = knn_accuracy(bank, data.train_labels[some], queries, data.test_labels)
@@ -285,7 +285,7 @@ def main(argv=None):
             step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
             rng=generator.get_state(), metrics=metrics))
         with bar.external_write_mode():
-            print("  ".join(f"{k} {v:.4g}" for k, v in metrics[-1].items() if v != ""), flush=True)
+            print("  ".join(f"{k} {v:.6g}" for k, v in metrics[-1].items() if v != ""), flush=True)
 
 if __name__ == "__main__":
     try:

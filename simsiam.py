@@ -42,7 +42,7 @@ VIEW_1 = dict(crop_scale=(0.3, 1.0), jitter=0.8, brightness=0.4, contrast=0.4, s
               hue=0.1, grayscale=0.2, solarize=0.0)
 VIEW_2 = VIEW_1
 # === shared: options ===
-# What --augment changes in a view. The mirror always stays.
+# What each --augment, named after what it keeps, switches off. The mirror always stays.
 WITHOUT = {"crop+color": {}, "crop": dict(jitter=0, grayscale=0, solarize=0),
            "color": dict(crop_scale=(1, 1))}
 WITHOUT["none"] = WITHOUT["crop"] | WITHOUT["color"]
@@ -73,10 +73,10 @@ def parse_args(argv=None):
     add("--resume", nargs="?", const="", metavar="PATH", help="go on from PATH or --out")
     # === method: options ===
     add("--stop-grad", action=argparse.BooleanOptionalAction, default=True, help="off: collapse")
-    add("--predictor", choices=("mlp", "none", "frozen"), default="mlp", help="frozen: random")
-    add("--predictor-lr", choices=("fixed", "decay"), default="fixed", help="section 4.2")
+    add("--predictor", choices=("mlp", "none", "frozen"), default="mlp", help="frozen: not trained")
+    add("--predictor-lr", choices=("fixed", "decay"), default="fixed", help="fixed: stays at peak")
     add("--head-norm", choices=("default", "hidden", "all", "none"), default="default",
-        help="BatchNorm in the heads, by default after all layers but the last (section 4.4)")
+        help="BatchNorm in the heads (section 4.4); default: all layers but the very last")
     add("--bottleneck-dim", type=within(1), default=128, help="in the predictor; 512 in SimSiam")
     add("--projection-dim", type=within(1), default=512, help="D; 2048 in SimSiam")
     # === shared: resolve options ===
@@ -145,7 +145,7 @@ def build_model(backbone, args):
     projector = mlp(backbone.feature_dim, dim, dim, args.head_norm)
     predictor = mlp(dim, args.bottleneck_dim, dim, args.head_norm)
     if args.head_norm in ("default", "all"):
-        projector.append(nn.BatchNorm1d(dim, affine=False))  # each channel: variance 1
+        projector.append(nn.BatchNorm1d(dim, affine=False))  # no scale, no shift: authors' code
     if args.head_norm == "all":
         predictor.append(nn.BatchNorm1d(dim))
     if args.predictor == "none":
@@ -160,10 +160,10 @@ def negative_cosine(p, z, stop_grad=True):
     return -F.cosine_similarity(p, z, dim=1).mean()
 # === method: step ===
 def train_step(model, optimizer, x1, x2, progress, args):
-    """Learn from two views (N, C, H, W) at `progress` (0 to 1) of the run: loss, z1 (N, D)."""
+    """Learn from two views (N, C, H, W); return loss, z1 (N, D). Only BYOL needs `progress`."""
     online = nn.Sequential(model["backbone"], model["projector"])
     with torch.autocast(x1.device.type, torch.bfloat16, enabled=x1.is_cuda):
-        z1, z2 = online(x1), online(x2)  # (N, D)
+        z1, z2 = online(x1), online(x2)  # (N, D); apart: BatchNorm takes each view's statistics
         p1, p2 = model["predictor"](z1), model["predictor"](z2)  # (N, D)
     p1, p2, z1, z2 = p1.float(), p2.float(), z1.float(), z2.float()
     # What one view predicts is the embedding of the other view.
@@ -178,14 +178,14 @@ def train_step(model, optimizer, x1, x2, progress, args):
     return loss.detach(), z1.detach()
 # === shared: monitor and checkpoint ===
 def z_std(z):
-    """Spread of l2-normalised z (N, D), SimSiam Fig. 2: 0 one point, 1 healthy or along a line."""
+    """Std of l2-normalised z (N, D) times sqrt(D) (SimSiam Fig. 2): 0 is one point, 1 healthy."""
     return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 def save(path, checkpoint):
     """Write the metrics as .csv, then the checkpoint, which is what --resume goes by."""
     buffer, log = io.BytesIO(), checkpoint["metrics"]
     torch.save(checkpoint, buffer)
-    lines = [",".join(map(str, x)) + "\n" for x in [log[0], *(row.values() for row in log)]]
+    lines = [",".join(map(str, x)) + "\n" for x in [log[0].keys(), *(row.values() for row in log)]]
     write(path.with_suffix(".csv"), "".join(lines).encode())
     write(path, buffer.getvalue())
 # === shared: main ===
@@ -203,7 +203,7 @@ def main(argv=None):
     images = data.train_images.to(args.device)  # (n, C, H, W) uint8: all of it stays on the device
     args.n_images = len(images)  # kept with the options, for a --resume with other images
     saved = dict(args={}) if args.resume is None else load_encoder(args.resume or out)[1]
-    free = "data_dir compile knn_every preview out overwrite resume".split()
+    free = "data_dir compile knn_every preview out overwrite resume".split()  # may differ
     other = {k: v for k, v in saved["args"].items() if k not in free and vars(args).get(k) != v}
     if other:
         raise ValueError(f"{args.resume or out} was made with {other}: --resume needs the same")
@@ -267,7 +267,7 @@ def main(argv=None):
         if RANK > 0:  # the first process measures and saves
             continue
         if args.knn_every and (epoch % args.knn_every == 0 or step + 1 == total_steps):
-            some = torch.where(data.train_labels >= 0)[0][::max(1, len(images) // 20_000)]
+            some = (known := torch.where(data.train_labels >= 0)[0])[::max(1, len(known) // 20_000)]
             bank, queries = (extract_features(backbone, x, mean, std)
                              for x in (data.train_images[some], data.test_images))
             knn = knn_accuracy(bank, data.train_labels[some], queries, data.test_labels)
@@ -280,7 +280,7 @@ def main(argv=None):
             step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
             rng=generator.get_state(), metrics=metrics))
         with bar.external_write_mode():
-            print("  ".join(f"{k} {v:.4g}" for k, v in metrics[-1].items() if v != ""), flush=True)
+            print("  ".join(f"{k} {v:.6g}" for k, v in metrics[-1].items() if v != ""), flush=True)
 
 if __name__ == "__main__":
     try:
