@@ -92,8 +92,8 @@ def augment(images, crop_scale, jitter, brightness, contrast, saturation, hue, g
     are probabilities; the other four are the strengths of torchvision's ColorJitter."""
     n, channels, rows, columns = images.shape
     def uniform(low, high):  # (N, 1, 1, 1): one draw per image
-        draws = torch.rand(n, 1, 1, 1, generator=generator, device=images.device)
-        return low + (high - low) * draws
+        draws = torch.rand(WORLD * n, 1, 1, 1, generator=generator, device=images.device)
+        return low + (high - low) * draws.chunk(WORLD)[RANK]  # of several processes: its share
     area = uniform(*crop_scale)
     limit = (-area.log()).clamp(max=math.log(4 / 3))  # aspect 3/4 to 4/3, as far as it fits in
     aspect = (limit * uniform(-1, 1)).exp()
@@ -204,7 +204,7 @@ def main(argv=None):
     if out.is_dir() or out.suffix == ".csv":
         raise ValueError(f"--out {out} is a folder or .csv: name a file such as {METHOD}.pt")
     for path in (out, out.with_suffix(".csv"), Path(args.preview or out)):
-        if path.exists() and not args.overwrite and args.resume not in ("", args.out):
+        if RANK == 0 and path.exists() and not args.overwrite and args.resume not in ("", args.out):
             raise ValueError(f"{path} exists: go on with --resume or replace it with --overwrite")
     data = load_dataset(args.dataset, args.data_dir, args.image_size)
     images = data.train_images.to(args.device)  # (n, C, H, W) uint8: all of it stays on the device
@@ -254,9 +254,9 @@ def main(argv=None):
         if i == 0:  # a new epoch: a new order of the images, and sums of loss and z_std
             order = torch.randperm(len(images), generator=generator, device=args.device)
             sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
-        batch = images[order[i * args.batch_size:(i + 1) * args.batch_size]].float() / 255
-        x1, x2 = [(augment(batch, **view, generator=generator).chunk(WORLD)[RANK] - mean) / std
-                  for view in views]  # (N, C, H, W): of several processes, each has its share
+        share = order[i * args.batch_size:(i + 1) * args.batch_size].chunk(WORLD)[RANK]
+        batch = images[share].float() / 255  # (N, C, H, W); alone, a process has the whole batch
+        x1, x2 = [(augment(batch, **view, generator=generator) - mean) / std for view in views]
         lr = peak_lr * (1 + math.cos(math.pi * step / total_steps)) / 2  # half a cosine, to 0
         lr *= min(1, (step + 1) / max(1, warmup_steps))
         for group in optimizer.param_groups:

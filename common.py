@@ -203,7 +203,8 @@ def load_folder(folder, image_size):
             paths[split] += found
             labels[split] += [label] * len(found)
     files = paths["train"] + paths["test"]
-    needed, memory = 3 * image_size**2 * len(files), physical_memory()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's: each holds the images
+    needed, memory = processes * 3 * image_size**2 * len(files), physical_memory()
     if needed > memory / 2:
         raise ValueError(
             f"{folder}: {len(files):,} images of {image_size} pixels take {needed / 1e9:.2f} GB, "

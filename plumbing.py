@@ -1,20 +1,21 @@
 """What every program here needs and no method is about: options, files, several processes.
 
 `torchrun --nproc-per-node 8 simclr.py` starts eight processes of the same script. Each draws the
-same batch and the same views, takes an eighth of them, and averages its gradients with those of
-the others: BatchNorm apart, that is what one process would do with the whole batch. RANK counts the
+same random numbers, augments its eighth of the batch, and averages its gradients with those of the
+others: BatchNorm apart, that is what one process would do with the whole batch. RANK counts the
 processes from 0; a script that runs alone is number 0 of WORLD = 1.
 """
 
 import argparse
-import atexit
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import distributed
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 
 
 def within(low, high=10**9, kind=int):
@@ -50,16 +51,22 @@ def write(path, data):
 def join_processes(args):
     """Meet the other processes of this run, if there are any; on CUDA, each takes its own GPU.
 
-    Raises ValueError if they cannot have equal shares of `args.batch_size`.
+    Raises ValueError if they cannot have equal shares of `args.batch_size`, or not a GPU each.
     """
     if WORLD == 1:
         return
     if args.batch_size % WORLD:
         raise ValueError(f"--batch-size {args.batch_size} is no multiple of {WORLD} processes")
     if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    atexit.register(distributed.destroy_process_group)
+        local, count = int(os.environ.get("LOCAL_RANK", RANK)), torch.cuda.device_count()
+        if local >= count:
+            raise ValueError(f"process {local} finds {count} GPUs: start one process for each GPU")
+        torch.cuda.set_device(local)
+    elif args.device != "cpu":
+        raise ValueError(f"--device {args.device} cannot be used by several processes")
+    backend = "nccl" if args.device == "cuda" else "gloo"
+    # An hour, as the others wait while the first process takes the kNN accuracy.
+    distributed.init_process_group(backend, timeout=timedelta(hours=1))
 
 
 def sync_batchnorm(model):

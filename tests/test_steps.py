@@ -263,27 +263,29 @@ def test_steps_learn(name):
 
 
 def test_lars_by_hand():
-    """Two steps with momentum: one weight, one bias, one weight whose gradient is zero."""
+    """As SimCLR's optimizer: v = 0.9 v + lr * ratio * (g + decay * w), w = w - v; lr changes."""
     values = {"weight": [[3.0, 4.0]], "bias": [1.0, 2.0], "idle": [[2.0]]}
     p = {name: nn.Parameter(torch.tensor(value)) for name, value in values.items()}
     groups = [dict(params=[p["weight"], p["idle"]], weight_decay=0.1), dict(params=[p["bias"]])]
     sgd = torch.optim.SGD(groups, 0.5, momentum=0.9)
     weight, bias, speed, bias_speed = [3.0, 4.0], [1.0, 2.0], [0.0, 0.0], [0.0, 0.0]
     idle, idle_speed = 2.0, 0.0
-    for gradient in ([6.0, -8.0], [1.0, 2.0]):
+    for lr, gradient in ((0.5, [6.0, -8.0]), (2.0, [1.0, 2.0]), (0.1, [-3.0, 1.0])):
         p["weight"].grad = torch.tensor([gradient])
         p["bias"].grad = torch.tensor(gradient)
-        p["idle"].grad = torch.zeros(1, 1)
+        p["idle"].grad = torch.zeros(1, 1)  # moves by its decay alone
+        for group in sgd.param_groups:
+            group["lr"] = lr
         simclr.lars(sgd)
         sgd.step()
         update = [g + 0.1 * w for g, w in zip(gradient, weight, strict=True)]
         ratio = 1e-3 * math.hypot(*weight) / math.hypot(*update)
-        speed = [0.9 * v + ratio * u for v, u in zip(speed, update, strict=True)]
-        weight = [w - 0.5 * v for w, v in zip(weight, speed, strict=True)]
-        bias_speed = [0.9 * v + g for v, g in zip(bias_speed, gradient, strict=True)]
-        bias = [b - 0.5 * v for b, v in zip(bias, bias_speed, strict=True)]
-        idle_speed = 0.9 * idle_speed + 1e-3 * idle / (0.1 * idle) * 0.1 * idle
-        idle -= 0.5 * idle_speed
+        speed = [0.9 * v + lr * ratio * u for v, u in zip(speed, update, strict=True)]
+        weight = [w - v for w, v in zip(weight, speed, strict=True)]
+        bias_speed = [0.9 * v + lr * g for v, g in zip(bias_speed, gradient, strict=True)]
+        bias = [b - v for b, v in zip(bias, bias_speed, strict=True)]
+        idle_speed = 0.9 * idle_speed + lr * 1e-3 * idle
+        idle -= idle_speed
         torch.testing.assert_close(p["weight"].data, torch.tensor([weight]))
         torch.testing.assert_close(p["bias"].data, torch.tensor(bias))
         assert p["idle"].item() == pytest.approx(idle, rel=1e-6)
