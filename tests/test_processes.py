@@ -86,10 +86,14 @@ def test_resume_with_another_number_of_processes(tiny, tmp_path):
         torch.testing.assert_close(resumed["model"][key], value, atol=1e-5, rtol=1e-4)
 
 
-def test_unequal_shares_are_refused(monkeypatch):
+@pytest.mark.parametrize(
+    "device, size, words",
+    [("cpu", 63, "--batch-size 63 is no multiple of 2 processes"), ("mps", 64, "--device mps")],
+)
+def test_what_processes_cannot_share_is_refused(device, size, words, monkeypatch):
     monkeypatch.setattr(plumbing, "WORLD", 2)
-    with pytest.raises(ValueError, match="--batch-size 63 is no multiple of 2 processes"):
-        plumbing.join_processes(argparse.Namespace(batch_size=63, device="cpu"))
+    with pytest.raises(ValueError, match=words):
+        plumbing.join_processes(argparse.Namespace(batch_size=size, device=device))
 
 
 def test_keys_are_encoded_in_mixed_batches(tmp_path):
