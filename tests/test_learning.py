@@ -80,3 +80,21 @@ def test_simsiam_collapses_without_stop_gradient(fashion_mnist, tmp_path):
     healthy, collapsed = ranks
     assert healthy > 6 and collapsed < 3
     assert losses[1] < losses[0] - 0.1  # the loss alone would call the collapse a success
+
+
+def test_z_std_and_knn_show_a_collapse_onto_a_point(fashion_mnist, tmp_path):
+    """Without the projector's last BatchNorm nothing keeps the embeddings apart.
+
+    With the stop-gradient the same heads learn. kNN is that of the backbone: the collapsed one is
+    worse than random weights.
+    """
+    spread, knn = [], []
+    for option in ("--stop-grad", "--no-stop-grad"):
+        out = tmp_path / f"{option}.pt"
+        options = ["--max-steps", "120", "--warmup-epochs", "0", "--head-norm", "hidden", option]
+        simsiam.main([*RUN, "--knn-every", "1", *options, "--out", str(out)])
+        metrics = torch.load(out, weights_only=True)["metrics"][-1]
+        spread.append(metrics["z_std"])
+        knn.append(metrics["knn"])
+    assert spread[0] > 0.5 and spread[1] < 0.3
+    assert knn[1] < knn[0] - 2
