@@ -117,6 +117,8 @@ def test_ctrl_c_says_how_to_go_on(tiny, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background job ignores interrupts, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout.readline().startswith("epoch 1 ")
     for _ in range(10):  # Python drops an interrupt that falls into a callback of its own
