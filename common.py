@@ -1,4 +1,4 @@
-"""The dataset and the backbone: all that the four methods share by import.
+"""The datasets and the backbones that the four methods share.
 
 Images stay uint8 tensors in memory, so that a training script can put them on its device once and
 draw a batch by indexing. N images, C channels, H rows, W columns.
@@ -106,6 +106,8 @@ def load_fashion_mnist(data_dir):
             raise ValueError(
                 f"{folder}: {tuple(images.shape)} images do not match {tuple(labels.shape)} labels"
             )
+        if labels.max() >= len(FASHION_MNIST_CLASSES):
+            raise ValueError(f"{folder} has a label {labels.max()}: Fashion-MNIST's are 0 to 9")
     return (
         train_images[:, None],
         train_labels.long(),

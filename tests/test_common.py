@@ -101,6 +101,14 @@ def test_images_and_labels_must_match(tmp_path, offline):
         common.load_dataset("fashion-mnist", tmp_path)
 
 
+def test_labels_of_another_dataset_are_refused(tmp_path, offline):
+    write_fashion_mnist(tmp_path, 20, 10)
+    path = tmp_path / "t10k-labels-idx1-ubyte"
+    path.write_bytes(path.read_bytes()[:-1] + bytes([26]))
+    with pytest.raises(ValueError, match="has a label 26"):
+        common.load_dataset("fashion-mnist", tmp_path)
+
+
 def write_cifar(folder, kind, n=10):
     """Write files in CIFAR's format under the names that torchvision looks for."""
     base = folder / kind.base_folder
