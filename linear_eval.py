@@ -32,7 +32,8 @@ from plumbing import pick_device, within, write
 
 METHODS = "simclr", "moco", "byol", "simsiam"
 FORMAT = 1  # of the checkpoints that can be read; what they hold:
-KEYS = "method backbone in_channels image_size dataset args epoch step model optimizer rng metrics"
+KEYS = dict(method=str, backbone=str, in_channels=int, image_size=int, dataset=str, args=dict,
+            epoch=int, step=int, model=dict, optimizer=dict, rng=torch.Tensor, metrics=list)
 STRENGTHS = (3, 10, 30, 100, 300, 1000)  # candidates for C: the larger, the weaker the penalty
 # Training with labels: 3,000 steps, or ten epochs where that is more. Chosen on held-out images.
 STEPS, BATCH_SIZE, SCRATCH_LR, FINETUNE_LR = 3000, 128, 0.03, 0.03
@@ -61,7 +62,9 @@ def load_encoder(path, layer="h"):
     if checkpoint["format"] != FORMAT:
         raise ValueError(f"{path} has format {checkpoint['format']}, this program reads {FORMAT}")
     try:
-        [checkpoint[key] for key in KEYS.split()]  # or KeyError
+        for key, kind in KEYS.items():
+            if not isinstance(checkpoint[key], kind):  # or KeyError
+                raise TypeError(f"its {key} is {checkpoint[key]!r}")
         shape = checkpoint["backbone"], checkpoint["in_channels"], checkpoint["image_size"]
         encoder = build_backbone(*shape)
         weights = {name.removeprefix("backbone."): value
@@ -324,13 +327,13 @@ def plot(folder, scores, curves, features, step, guesses, nearest, queries, data
                     box.spines[:].set(color="C3", linewidth=4)
             row[0].set_ylabel(data.classes[data.test_labels[query]], rotation=0, ha="right")
         panels[0][0].set_title("query")
-        panels[0][4].set_title("the eight nearest training images (red: another class)")
+        panels[0][4].set_title("the eight nearest labelled images (red: another class)")
         figure.suptitle(f"{name}: nearest neighbours by cosine of the features")
         figure.savefig(folder / f"neighbours-{stem}.png")
 
 def label_budget(text):
     """Argparse type of --labels: "all" or a whole number from 2."""
-    if text != "all" and int(text) < 2:
+    if text != "all" and (not text.isdecimal() or int(text) < 2):
         raise argparse.ArgumentTypeError(f"must be 'all' or at least 2, got {text}")
     return text if text == "all" else int(text)
 
@@ -351,12 +354,15 @@ def parse_args(argv=None):
     add("--plot", metavar="FOLDER", help="save pictures of scores, curves, features, neighbours")
     add("--export", metavar="PT", help="save the bare backbone for use without this code")
     add("--seed", type=within(0), default=0, help="of the labels drawn and the random backbone")
+    add("--dataset", help="as in training; unset: what the first of --weights was trained on")
     add("--data-dir", default="data", help="folder that has, or gets, a named dataset's files")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda, cpu")
     args = parser.parse_args(argv)
     if args.export and (len(args.weights) > 1 or os.path.exists(args.export)
                         or not os.path.isdir(os.path.dirname(args.export) or ".")):
         parser.error(f"--export {args.export} needs one --weights, a folder and no file there yet")
+    if args.export and args.dataset:
+        parser.error("--export prints the mean and std of the training data: leave out --dataset")
     if args.layer == "z" and (args.export or args.finetune):
         parser.error("--export and --finetune are for the backbone: use --layer h")
     args.device = pick_device(parser, args.device)
@@ -375,9 +381,13 @@ def main(argv=None):
                                  f"{checkpoint[key]}: compare them in separate runs")
     if args.plot:
         Path(args.plot).mkdir(parents=True, exist_ok=True)
-    data = load_dataset(checkpoint["dataset"], args.data_dir, checkpoint["image_size"])
-    mean, std = data.mean.to(args.device), data.std.to(args.device)
     shape = checkpoint["backbone"], checkpoint["in_channels"], checkpoint["image_size"]
+    dataset = args.dataset or checkpoint["dataset"]
+    data = load_dataset(dataset, args.data_dir, checkpoint["image_size"])
+    if data.train_images.shape[1:] != (shape[1], shape[2], shape[2]):
+        raise ValueError(f"{dataset} has images of {tuple(data.train_images.shape[1:])}, "
+                         f"{args.weights[0]} takes {(shape[1], shape[2], shape[2])}")
+    mean, std = data.mean.to(args.device), data.std.to(args.device)
     n_classes, everything = len(data.classes), (data.train_labels >= 0).nonzero().flatten()
     draws = {budget: [draw_labels(data.train_labels, budget, args.seed + trial)
                       for trial in range(args.trials)]
@@ -397,7 +407,7 @@ def main(argv=None):
     tasks += [("labels only", build_backbone(*shape), SCRATCH_LR)][:args.baselines]
     tasks += [(f"{path} fine-tuned", frozen[path], FINETUNE_LR) for path in loaded if args.finetune]
     width = max(len(name) for name, *_ in tasks) + 1
-    print(f"{checkpoint['dataset']}, {checkpoint['backbone']}, layer {args.layer}, "
+    print(f"{dataset}, {checkpoint['backbone']}, layer {args.layer}, "
           f"{len(data.test_images):,} test images. Accuracy in percent; macro-F1, kNN, C: last "
           f"draw of {most:,}.\n\n{'':<{width}}"
           + "".join(f"{f'{n:,} labels':>15}" for n in draws) + "  macro-F1    kNN     C    s")
@@ -456,5 +466,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         argparse.ArgumentParser().exit(130, "stopped\n")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         argparse.ArgumentParser().exit(2, f"linear_eval.py: error: {error}\n")

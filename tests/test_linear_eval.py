@@ -264,9 +264,12 @@ def bad_weights(kind, path, good):
         torch.save(saved, path)
     elif kind == "folder":
         path.mkdir()
+    elif kind in OTHER_TYPES:
+        torch.save(saved | {kind: OTHER_TYPES[kind]}, path)
 
 
-BAD = {
+OTHER_TYPES = {"args": [1], "dataset": 7, "step": "ten", "metrics": None, "rng": 0}
+BAD = {key: f"is not a whole checkpoint: its {key} is" for key in OTHER_TYPES} | {
     "missing": "does not exist",
     "folder": "is a folder",
     "truncated": "is damaged, cut short or not a PyTorch file",
@@ -299,13 +302,35 @@ def test_bad_weights_are_refused_in_one_line(checkpoint, tiny, tmp_path, kind, c
 
 @pytest.mark.parametrize(
     "labels, words",
-    [("0", "got 0"), ("7", "not a multiple"), ("330", "needs 33 images"), ("many", "invalid")],
+    [("0", "got 0"), ("7", "not a multiple"), ("330", "needs 33 images"), ("many", "got many")],
 )
 def test_bad_label_budgets_are_refused(checkpoint, tiny, labels, words, capfd):
     options = ["--weights", "byol.pt", "--data-dir", tiny, "--labels", labels]
     process = call(capfd, checkpoint.parent, "linear_eval.py", *options)
     assert process.returncode == 2 and words in process.stderr
     assert process.stderr.count("\n") == 1
+
+
+def test_a_folder_that_moved_is_named_with_dataset(tiny, tmp_path, capfd):
+    for split, count in (("train", 8), ("test", 4)):
+        for label in range(2):
+            (tmp_path / "old" / split / str(label)).mkdir(parents=True)
+            for i in range(count):
+                image = Image.new("RGB", (16, 16), (60 + 100 * label + i, 0, 0))
+                image.save(tmp_path / "old" / split / str(label) / f"{i}.png")
+    options = ["--dataset", "old", "--image-size", "16", "--backbone", "convnet", "--epochs", "1"]
+    assert call(capfd, tmp_path, "byol.py", *options, "--batch-size", "8").returncode == 0
+    (tmp_path / "old").rename(tmp_path / "new")
+    process = call(capfd, tmp_path, "linear_eval.py", "--weights", "byol.pt")
+    assert process.returncode == 2 and "--dataset old is neither" in process.stderr
+    process = call(capfd, tmp_path, "linear_eval.py", "--weights", "byol.pt", "--dataset", "new")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("new, convnet, layer h, 8 test images.")
+    assert re.search(r"^raw pixels +100\.00", process.stdout, re.M)  # bright against dark
+    options = ["--weights", "byol.pt", "--dataset", "fashion-mnist", "--data-dir", tiny]
+    process = call(capfd, tmp_path, "linear_eval.py", *options)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert "images of (1, 28, 28), byol.pt takes (3, 16, 16)" in process.stderr
 
 
 def test_features_do_not_depend_on_the_batch(tiny):
