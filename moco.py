@@ -3,17 +3,17 @@
 A query, made from one view of an image, must recognise the key made from the image's other view
 among thousands of keys of other images, which a queue keeps from past batches. Old and new keys are
 comparable because their encoder changes slowly: as a running mean of the query encoder.
-N batch, D projection, K queue; q = projector(backbone(x)), k = key_encoder(x), both of length 1.
+N batch, D projection, K queue; q = projector(backbone(x)), k = key_encoder(x), scaled to length 1.
     python moco.py --epochs 10                # 4.5 minutes on two EPYC (Zen 3) cores
     python linear_eval.py --weights moco.pt   # 90.7% linear (3 seeds), random init 88.1%
-Unlike the papers: momentum 0.99, K 4,096, mild crops, no blur; ShuffleBN only across processes.
+Unlike the papers: momentum 0.99 and K 4,096, as runs are short; mild crops, no blur; a small head;
+warm-up, no decay of biases and BatchNorm, as in the siblings; ShuffleBN only across processes.
 """
 
 # === shared: imports ===
 import argparse
 import io
 import math
-import os
 import time
 from pathlib import Path
 
@@ -26,19 +26,19 @@ from tqdm import tqdm
 
 from common import BACKBONES, DATASETS, build_backbone, load_dataset
 from linear_eval import extract_features, knn_accuracy, load_encoder
-from plumbing import (RANK, WORLD, average_gradients, gather, join_processes, pick_device,
-                      sync_batchnorm, within, write)
+from plumbing import (RANK, WORLD, average_gradients, check_outputs, check_room, gather,
+                      join_processes, pick_device, sync_batchnorm, within, write)
 # === method: constants ===
 from copy import deepcopy  # for the network that is a running mean
 METHOD, LR = "moco", 0.15  # learning rate for 256 images a step
-SYNC_BATCHNORM = False  # over the GPUs, if there are several: keys are shuffled instead
+SYNC_BATCHNORM = False  # each GPU keeps its own statistics; ShuffleBN, in the step, hides them
 TRAINED = ("backbone", "projector")  # what the optimizer moves: not the key encoder
 # The views of MoCo v2, with milder crops and no blur, which 28 pixels cannot spare.
 VIEW_1 = dict(crop_scale=(0.3, 1.0), jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4,
               hue=0.1, grayscale=0.2, solarize=0.0)
 VIEW_2 = VIEW_1
 # === shared: options ===
-# What each --augment, named after what it keeps, switches off. The mirror always stays.
+# --augment says what to keep; these settings switch the rest off. The mirror always stays.
 WITHOUT = {"crop+color": {}, "crop": dict(jitter=0, grayscale=0, solarize=0),
            "color": dict(crop_scale=(1, 1))}
 WITHOUT["none"] = WITHOUT["crop"] | WITHOUT["color"]
@@ -70,11 +70,11 @@ def parse_args(argv=None):
     # === method: options ===
     add("--temperature", type=within(1e-3, 100, float), default=0.2, help="tau; 0.2 in v2")
     add("--momentum", type=within(0, 1, float), default=0.99, help="m of Eq. 2; 0.999 in MoCo")
-    add("--queue-size", type=within(1), default=4096, help="K, keys kept; 65536 in MoCo")
+    add("--queue-size", type=within(1, 10**6), default=4096, help="K, keys kept; 65536 in MoCo")
     add("--mlp", action=argparse.BooleanOptionalAction, default=True, help="v2's head, else v1's")
     add("--symmetric", action="store_true", help="each view is query once and key once")
-    add("--hidden-dim", type=within(1), default=512, help="of the MLP head; 2048 in v2")
-    add("--projection-dim", type=within(1), default=128, help="D; 128 in MoCo")
+    add("--hidden-dim", type=within(1, 16384), default=512, help="of the MLP head; 2048 in v2")
+    add("--projection-dim", type=within(1, 16384), default=128, help="D; 128 in MoCo")
     # === shared: resolve options ===
     args = parser.parse_args(argv, argparse.Namespace(method=METHOD))  # --resume compares it too
     args.backbone = args.backbone or ("convnet" if args.dataset == "fashion-mnist" else "resnet18")
@@ -85,26 +85,26 @@ def augment(images, crop_scale, jitter, brightness, contrast, saturation, hue, g
             generator=None):
     """Draw a view of each image (N, C, H, W), float in [0, 1] in and out, with draws of its own.
     `crop_scale` is the range of the crop's share of the area; `jitter`, `grayscale` and `solarize`
-    are probabilities; the other four are the strengths of torchvision's ColorJitter."""
+    are probabilities; the other four are the strengths of torchvision's ColorJitter, in order."""
     n, channels, rows, columns = images.shape
     def uniform(low, high):  # (N, 1, 1, 1): one draw per image
         draws = torch.rand(WORLD * n, 1, 1, 1, generator=generator, device=images.device)
-        return low + (high - low) * draws.chunk(WORLD)[RANK]  # of several processes: its share
+        return low + (high - low) * draws.chunk(WORLD)[RANK]  # of several processes: one's share
     area = uniform(*crop_scale)
-    limit = (-area.log()).clamp(max=math.log(4 / 3))  # aspect 3/4 to 4/3, as far as it fits in
+    limit = (-area.log()).clamp(max=math.log(4 / 3))  # of |log aspect|: 4/3, less if too wide
     aspect = (limit * uniform(-1, 1)).exp()
     height, width = rows * (area / aspect).sqrt(), columns * (area * aspect).sqrt()
     top, left = uniform(0, 1) * (rows - height), uniform(0, 1) * (columns - width)
     images = resized_crop(images, top, left, height, width, mirror=uniform(0, 1) < 0.5)
-    jitter = (uniform(0, 1) < jitter).float()
-    images = (images * (1 + jitter * uniform(-brightness, brightness))).clamp(0, 1)
+    jittered = (uniform(0, 1) < jitter).float()  # 1: change all four, 0: none
+    images = (images * (1 + jittered * uniform(-brightness, brightness))).clamp(0, 1)
     mean = rgb_to_grayscale(images).mean(dim=(2, 3), keepdim=True)  # (N, 1, 1, 1)
-    images = torch.lerp(mean, images, 1 + jitter * uniform(-contrast, contrast)).clamp(0, 1)
+    images = torch.lerp(mean, images, 1 + jittered * uniform(-contrast, contrast)).clamp(0, 1)
     if channels == 3:
-        saturation = 1 + jitter * uniform(-saturation, saturation)
-        saturation = saturation * (uniform(0, 1) >= grayscale)  # grey is without saturation
-        images = torch.lerp(rgb_to_grayscale(images), images, saturation).clamp(0, 1)
-        images = shift_hue(images, jitter * uniform(-hue, hue))
+        factor = 1 + jittered * uniform(-saturation, saturation)
+        factor = factor * (uniform(0, 1) >= grayscale)  # 0 leaves grey
+        images = torch.lerp(rgb_to_grayscale(images), images, factor).clamp(0, 1)
+        images = shift_hue(images, jittered * uniform(-hue, hue))
     return torch.where((uniform(0, 1) < solarize) & (images >= 0.5), 1 - images, images)
 
 def resized_crop(images, top, left, height, width, mirror):
@@ -114,7 +114,7 @@ def resized_crop(images, top, left, height, width, mirror):
         pixels = torch.arange(size, device=images.device)
         source = start + (pixels[:, None] + 0.5) * length / size - 0.5  # (N, 1, size, 1)
         source = source.clamp(start, start + (length - 1).clamp(min=0))  # stay inside the box
-        return (1 - (source - pixels).abs()).clamp(min=0)
+        return (1 - (source - pixels).abs()).clamp(min=0)  # bilinear: 1 at a pixel, 0 at the next
     rows, columns = mixture(top, height, images.shape[2]), mixture(left, width, images.shape[3])
     return rows @ images @ torch.where(mirror, columns.flip(2), columns).transpose(2, 3)
 
@@ -126,7 +126,7 @@ def shift_hue(images, shift):
     safe = chroma.clamp(min=1e-8)  # no 0 / 0 where grey
     hue = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
     hue = torch.where(value == red, (green - blue) / safe, hue) + 6 * shift  # sixths of the circle
-    sixths = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6  # k in HSV to RGB
+    sixths = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6  # of red, green, blue: 0 is
     return value - chroma * torch.minimum(sixths, 4 - sixths).clamp(0, 1)
 # === method: networks ===
 def build_model(backbone, args):
@@ -144,12 +144,12 @@ def info_nce(q, k, queue, temperature):
     """Mean cross-entropy of telling key k_i from K others by query q_i (MoCo Eq. 1).
     q, k (N, D), queue (K, D), all rows of length 1; log(K + 1) when all similarities are equal."""
     positive = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
-    logits = torch.cat([positive, q @ queue.T], dim=1) / temperature  # (N, 1 + K)
+    logits = torch.cat([positive, q @ queue.T], dim=1) / temperature  # (N, 1 + K), k_i first
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
 # === method: queue ===
 def enqueue(queue, pointer, keys):
-    """Write keys (N, D) over the oldest of queue (K, D) from row `pointer`; return the next."""
-    kept = keys[-len(queue):]  # of more than K keys, the last K would stay
+    """Write keys (N, D) in place over the oldest of queue (K, D); return the new pointer."""
+    kept = keys[-len(queue):]  # of more than K keys only the last K fit
     rows = pointer + len(keys) - len(kept) + torch.arange(len(kept), device=queue.device)
     queue[rows % len(queue)] = kept
     return (pointer + len(keys)) % len(queue)
@@ -162,17 +162,18 @@ def ema_update(target, online, momentum):
         key.lerp_(query, 1 - momentum)
 # === method: step ===
 def train_step(model, optimizer, x1, x2, progress, args):
-    """Learn from two views (N, C, H, W); return loss, q (N, D). Only BYOL needs `progress`."""
-    query_encoder, loss, keys = nn.Sequential(model["backbone"], model["projector"]), 0, []
-    for x_query, x_key in [(x1, x2), (x2, x1)][:1 + args.symmetric]:
+    """Learn from two views (N, C, H, W); return loss, q (for z_std). Only BYOL has `progress`."""
+    query_encoder = nn.Sequential(model["backbone"], model["projector"])
+    loss, keys = 0, []
+    for x_query, x_key in [(x1, x2), (x2, x1)] if args.symmetric else [(x1, x2)]:
         with torch.autocast(x1.device.type, torch.bfloat16, enabled=x1.is_cuda):
             q = query_encoder(x_query)  # (N, D)
             with torch.no_grad():  # stop-gradient: only ema_update moves the key encoder
                 # ShuffleBN (section 3.3), a no-op alone: shared batch statistics would betray k_i.
-                k = model["key_encoder"](gather(x_key)[RANK::WORLD])  # (N, D)
-        q, k = F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
-        keys.append(gather(k).unflatten(0, (WORLD, -1)).transpose(0, 1).flatten(0, 1))  # in order
-        k = keys[-1][RANK * len(q):(RANK + 1) * len(q)]
+                dealt = model["key_encoder"](gather(x_key)[RANK::WORLD])  # (N, D), not in q's order
+        q, dealt = F.normalize(q.float(), dim=1), F.normalize(dealt.float(), dim=1)
+        keys.append(gather(dealt).unflatten(0, (WORLD, -1)).transpose(0, 1).flatten(0, 1))
+        k = keys[-1].chunk(WORLD)[RANK]  # (N, D), in order again: k_i and q_i show the same image
         loss += info_nce(q, k, model.queue, args.temperature) / (1 + args.symmetric)
     optimizer.zero_grad()
     loss.backward()
@@ -184,7 +185,7 @@ def train_step(model, optimizer, x1, x2, progress, args):
     return loss.detach(), q.detach()
 # === shared: monitor and checkpoint ===
 def z_std(z):
-    """Std of l2-normalised z (N, D) times sqrt(D) (SimSiam Fig. 2): 0 is one point, 1 healthy."""
+    """Std of l2-normalised z (N, D) times sqrt(D): 0 is one point, 1 healthy, or else a line."""
     return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 def save(path, checkpoint):
@@ -200,11 +201,7 @@ def main(argv=None):
     args = parse_args(argv)
     join_processes(args)
     out = Path(args.out)
-    if out.is_dir() or out.suffix == ".csv":
-        raise ValueError(f"--out {out} is a folder or .csv: name a file such as {METHOD}.pt")
-    for path in (out, out.with_suffix(".csv"), Path(args.preview or out)):
-        if RANK == 0 and path.exists() and not args.overwrite and args.resume not in ("", args.out):
-            raise ValueError(f"{path} exists: go on with --resume or replace it with --overwrite")
+    check_outputs(out, args)  # an error if a file would be lost
     data = load_dataset(args.dataset, args.data_dir, args.image_size)
     images = data.train_images.to(args.device)  # (n, C, H, W) uint8: all of it stays on the device
     args.n_images = len(images)  # kept with the options, for a --resume with other images
@@ -224,9 +221,9 @@ def main(argv=None):
     backbone = build_backbone(args.backbone, images.shape[1], images.shape[3])
     model = build_model(backbone, args).to(args.device)
     model = sync_batchnorm(model) if SYNC_BATCHNORM else model
-    groups = [dict(params=[p for p in model[name].parameters() if (p.ndim > 1) == decays],
-                   weight_decay=decays * args.weight_decay, name=name)  # biases and BatchNorm do
-              for name in TRAINED for decays in (True, False)]  # not decay, as is usual
+    groups = [dict(params=[p for p in model[name].parameters() if (p.ndim > 1) == is_weight],
+                   weight_decay=args.weight_decay if is_weight else 0.0, name=name)
+              for name in TRAINED for is_weight in (True, False)]  # biases, BatchNorm: no decay
     peak_lr = args.lr * args.batch_size / 256
     optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9, fused=args.device == "cuda")
     metrics, begin, stop = [], 0, min(args.max_steps or total_steps, total_steps)
@@ -238,11 +235,12 @@ def main(argv=None):
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{args.resume or out} is not whole: {error!r}") from error
         metrics, begin = saved["metrics"], saved["step"]
-    if RANK == 0:
-        write(f"{out}.trial", bytes(2 * sum(x.nbytes for x in model.state_dict().values())))
-        os.remove(f"{out}.trial")  # the disk has room: better known now than after an epoch
-    [network.compile() for network in model.values() if args.compile]
-    if args.preview and RANK == 0:
+        if begin >= stop and RANK == 0:
+            print(f"{args.resume or out} has all of its {stop} steps: nothing is left to do")
+    check_room(out, model)  # on the disk: better known now than after an epoch
+    for network in model.values() if args.compile else ():
+        network.compile()
+    if args.preview and RANK == 0 and (args.overwrite or not Path(args.preview).exists()):
         sample, draws = images[:16].float() / 255, torch.Generator(args.device).manual_seed(0)
         rows = [sample] + [augment(sample, **view, generator=draws) for view in views]
         save_image(F.interpolate(torch.cat(rows), scale_factor=3), args.preview, nrow=len(sample))
@@ -264,7 +262,7 @@ def main(argv=None):
         sums += torch.stack([gather(loss[None]).mean(), z_std(gather(z))])
         if i % 20 == 0 and not bar.disable:  # not at each step: reading waits for the device
             bar.set_postfix(loss=loss.item(), lr=lr)
-        if i + 1 < steps_per_epoch and step + 1 < stop:
+        if i + 1 < steps_per_epoch and step + 1 < stop:  # neither epoch nor run is over
             continue
         loss, spread = (sums / (i + 1)).tolist()
         seconds, epoch, knn = time.perf_counter() - begun, step // steps_per_epoch + 1, ""
@@ -273,7 +271,8 @@ def main(argv=None):
         if RANK > 0:  # the first process measures and saves
             continue
         if args.knn_every and (epoch % args.knn_every == 0 or step + 1 == total_steps):
-            some = (known := torch.where(data.train_labels >= 0)[0])[::max(1, len(known) // 20_000)]
+            known = torch.where(data.train_labels >= 0)[0]  # -1: an image without a label (STL-10)
+            some = known[::max(1, len(known) // 20_000)]
             bank, queries = (extract_features(backbone, x, mean, std)
                              for x in (data.train_images[some], data.test_images))
             knn = knn_accuracy(bank, data.train_labels[some], queries, data.test_labels)
@@ -293,7 +292,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         out = parse_args().out
-        hint = f"--resume goes on from {out}" if os.path.exists(out) else "nothing is saved yet"
+        hint = f"--resume goes on from {out}" if Path(out).exists() else "nothing is saved yet"
         argparse.ArgumentParser().exit(130, f"stopped: {hint}\n")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         argparse.ArgumentParser().exit(2, f"{METHOD}.py: error: {error}\n")

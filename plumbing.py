@@ -26,6 +26,7 @@ def within(low, high=10**9, kind=int):
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
         return kind(text)
 
+    number.__name__ = "whole number" if kind is int else "number"  # for argparse's message
     return number
 
 
@@ -46,6 +47,26 @@ def write(path, data):
     except OSError as error:
         Path(f"{path}.tmp").unlink(missing_ok=True)
         raise ValueError(f"{path}: {error.strerror}; mend that or name another file") from error
+
+
+def check_outputs(out, args):
+    """Raise ValueError if `out`, a path, cannot be written, or a file would be replaced unasked."""
+    if out.is_dir() or out.suffix == ".csv":
+        raise ValueError(f"--out {out} is a folder or .csv: name a file such as {args.method}.pt")
+    resumes = args.resume is not None and Path(args.resume or out) == out
+    if RANK == 0 and not args.overwrite and not resumes:
+        for path in (out, out.with_suffix(".csv"), Path(args.preview or out)):
+            if path.exists():
+                raise ValueError(
+                    f"{path} exists: go on with --resume or replace it with --overwrite"
+                )
+
+
+def check_room(path, model):
+    """Write and remove a file as large as the checkpoint will be: weights and their momentum."""
+    if RANK == 0:
+        write(f"{path}.trial", bytes(2 * sum(x.nbytes for x in model.state_dict().values())))
+        os.remove(f"{path}.trial")
 
 
 def join_processes(args):

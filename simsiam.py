@@ -2,12 +2,13 @@
 
 One network looks at two random views of an image. From its embedding of the one view, a small
 predictor guesses its embedding of the other, and only the guess is trained to agree: no gradient
-flows into the embedding that is to be guessed. No negatives, no queue, no averaged network. That
-all embeddings become alike, which would make the guess perfect, is prevented by stop-gradient and
-predictor. Why they do is open; section 5 sees two tasks solved in turns, as in k-means.
+flows into the embedding that is to be guessed. No negatives, no queue, no averaged network. If all
+embeddings were alike, the guess would be perfect: stop-gradient and predictor prevent that. Why is
+open; section 5 sees two tasks solved in turns, as in k-means. (The projector's last BatchNorm alone
+prevents a collapse onto one point, though not onto one line: docs/ablations.md.)
 
 Eq. 1 is the loss of one view, Eq. 4 of both. N batch, D projection;
-z = projector(backbone(x)), which is f(x) in the paper, p = predictor(z), which is h(z).
+z = projector(backbone(x)), p = predictor(z); the paper's f(x) and h(f(x)).
     python simsiam.py --epochs 10                # 6 minutes on two EPYC (Zen 3) cores
     python linear_eval.py --weights simsiam.pt   # 90.5% linear (3 seeds), random init 88.1%
 Unlike the paper: small heads, no blur, no decay of biases and BatchNorm, as in the sibling scripts;
@@ -18,7 +19,6 @@ mild crops (0.3 to 1 of the area, not 0.2), as chosen for BYOL on held-out train
 import argparse
 import io
 import math
-import os
 import time
 from pathlib import Path
 
@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from common import BACKBONES, DATASETS, build_backbone, load_dataset
 from linear_eval import extract_features, knn_accuracy, load_encoder
-from plumbing import (RANK, WORLD, average_gradients, gather, join_processes, pick_device,
-                      sync_batchnorm, within, write)
+from plumbing import (RANK, WORLD, average_gradients, check_outputs, check_room, gather,
+                      join_processes, pick_device, sync_batchnorm, within, write)
 # === method: constants ===
 METHOD, LR = "simsiam", 0.2  # learning rate for 256 images a step
 SYNC_BATCHNORM = True  # over the GPUs, if there are several
@@ -42,7 +42,7 @@ VIEW_1 = dict(crop_scale=(0.3, 1.0), jitter=0.8, brightness=0.4, contrast=0.4, s
               hue=0.1, grayscale=0.2, solarize=0.0)
 VIEW_2 = VIEW_1
 # === shared: options ===
-# What each --augment, named after what it keeps, switches off. The mirror always stays.
+# --augment says what to keep; these settings switch the rest off. The mirror always stays.
 WITHOUT = {"crop+color": {}, "crop": dict(jitter=0, grayscale=0, solarize=0),
            "color": dict(crop_scale=(1, 1))}
 WITHOUT["none"] = WITHOUT["crop"] | WITHOUT["color"]
@@ -72,13 +72,13 @@ def parse_args(argv=None):
     add("--overwrite", action="store_true", help="replace an --out that is there")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on from PATH or --out")
     # === method: options ===
-    add("--stop-grad", action=argparse.BooleanOptionalAction, default=True, help="off: collapse")
+    add("--stop-grad", action=argparse.BooleanOptionalAction, default=True, help="section 4.1")
     add("--predictor", choices=("mlp", "none", "frozen"), default="mlp", help="frozen: not trained")
     add("--predictor-lr", choices=("fixed", "decay"), default="fixed", help="fixed: stays at peak")
     add("--head-norm", choices=("default", "hidden", "all", "none"), default="default",
         help="BatchNorm in the heads (section 4.4); default: all layers but the very last")
-    add("--bottleneck-dim", type=within(1), default=128, help="in the predictor; 512 in SimSiam")
-    add("--projection-dim", type=within(1), default=512, help="D; 2048 in SimSiam")
+    add("--bottleneck-dim", type=within(1, 16384), default=128, help="of predictor; 512 in SimSiam")
+    add("--projection-dim", type=within(1, 16384), default=512, help="D; 2048 in SimSiam")
     # === shared: resolve options ===
     args = parser.parse_args(argv, argparse.Namespace(method=METHOD))  # --resume compares it too
     args.backbone = args.backbone or ("convnet" if args.dataset == "fashion-mnist" else "resnet18")
@@ -89,26 +89,26 @@ def augment(images, crop_scale, jitter, brightness, contrast, saturation, hue, g
             generator=None):
     """Draw a view of each image (N, C, H, W), float in [0, 1] in and out, with draws of its own.
     `crop_scale` is the range of the crop's share of the area; `jitter`, `grayscale` and `solarize`
-    are probabilities; the other four are the strengths of torchvision's ColorJitter."""
+    are probabilities; the other four are the strengths of torchvision's ColorJitter, in order."""
     n, channels, rows, columns = images.shape
     def uniform(low, high):  # (N, 1, 1, 1): one draw per image
         draws = torch.rand(WORLD * n, 1, 1, 1, generator=generator, device=images.device)
-        return low + (high - low) * draws.chunk(WORLD)[RANK]  # of several processes: its share
+        return low + (high - low) * draws.chunk(WORLD)[RANK]  # of several processes: one's share
     area = uniform(*crop_scale)
-    limit = (-area.log()).clamp(max=math.log(4 / 3))  # aspect 3/4 to 4/3, as far as it fits in
+    limit = (-area.log()).clamp(max=math.log(4 / 3))  # of |log aspect|: 4/3, less if too wide
     aspect = (limit * uniform(-1, 1)).exp()
     height, width = rows * (area / aspect).sqrt(), columns * (area * aspect).sqrt()
     top, left = uniform(0, 1) * (rows - height), uniform(0, 1) * (columns - width)
     images = resized_crop(images, top, left, height, width, mirror=uniform(0, 1) < 0.5)
-    jitter = (uniform(0, 1) < jitter).float()
-    images = (images * (1 + jitter * uniform(-brightness, brightness))).clamp(0, 1)
+    jittered = (uniform(0, 1) < jitter).float()  # 1: change all four, 0: none
+    images = (images * (1 + jittered * uniform(-brightness, brightness))).clamp(0, 1)
     mean = rgb_to_grayscale(images).mean(dim=(2, 3), keepdim=True)  # (N, 1, 1, 1)
-    images = torch.lerp(mean, images, 1 + jitter * uniform(-contrast, contrast)).clamp(0, 1)
+    images = torch.lerp(mean, images, 1 + jittered * uniform(-contrast, contrast)).clamp(0, 1)
     if channels == 3:
-        saturation = 1 + jitter * uniform(-saturation, saturation)
-        saturation = saturation * (uniform(0, 1) >= grayscale)  # grey is without saturation
-        images = torch.lerp(rgb_to_grayscale(images), images, saturation).clamp(0, 1)
-        images = shift_hue(images, jitter * uniform(-hue, hue))
+        factor = 1 + jittered * uniform(-saturation, saturation)
+        factor = factor * (uniform(0, 1) >= grayscale)  # 0 leaves grey
+        images = torch.lerp(rgb_to_grayscale(images), images, factor).clamp(0, 1)
+        images = shift_hue(images, jittered * uniform(-hue, hue))
     return torch.where((uniform(0, 1) < solarize) & (images >= 0.5), 1 - images, images)
 
 def resized_crop(images, top, left, height, width, mirror):
@@ -118,7 +118,7 @@ def resized_crop(images, top, left, height, width, mirror):
         pixels = torch.arange(size, device=images.device)
         source = start + (pixels[:, None] + 0.5) * length / size - 0.5  # (N, 1, size, 1)
         source = source.clamp(start, start + (length - 1).clamp(min=0))  # stay inside the box
-        return (1 - (source - pixels).abs()).clamp(min=0)
+        return (1 - (source - pixels).abs()).clamp(min=0)  # bilinear: 1 at a pixel, 0 at the next
     rows, columns = mixture(top, height, images.shape[2]), mixture(left, width, images.shape[3])
     return rows @ images @ torch.where(mirror, columns.flip(2), columns).transpose(2, 3)
 
@@ -130,13 +130,14 @@ def shift_hue(images, shift):
     safe = chroma.clamp(min=1e-8)  # no 0 / 0 where grey
     hue = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
     hue = torch.where(value == red, (green - blue) / safe, hue) + 6 * shift  # sixths of the circle
-    sixths = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6  # k in HSV to RGB
+    sixths = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6  # of red, green, blue: 0 is
     return value - chroma * torch.minimum(sixths, 4 - sixths).clamp(0, 1)
 # === method: networks ===
 def mlp(in_dim, hidden_dim, out_dim, norm):
     """Projector or predictor: linear, BatchNorm, ReLU, linear; more BatchNorm in build_model."""
     hidden_norm = nn.Identity() if norm == "none" else nn.BatchNorm1d(hidden_dim)
-    return nn.Sequential(nn.Linear(in_dim, hidden_dim, bias=norm == "none"), hidden_norm,
+    bias = norm == "none"  # BatchNorm subtracts the mean, and any bias with it
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim, bias=bias), hidden_norm,
                          nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim))
 
 def build_model(backbone, args):
@@ -160,7 +161,7 @@ def negative_cosine(p, z, stop_grad=True):
     return -F.cosine_similarity(p, z, dim=1).mean()
 # === method: step ===
 def train_step(model, optimizer, x1, x2, progress, args):
-    """Learn from two views (N, C, H, W); return loss, z1 (N, D). Only BYOL needs `progress`."""
+    """Learn from two views (N, C, H, W); return loss, z1 (for z_std). Only BYOL has `progress`."""
     online = nn.Sequential(model["backbone"], model["projector"])
     with torch.autocast(x1.device.type, torch.bfloat16, enabled=x1.is_cuda):
         z1, z2 = online(x1), online(x2)  # (N, D); apart: BatchNorm takes each view's statistics
@@ -171,14 +172,15 @@ def train_step(model, optimizer, x1, x2, progress, args):
     optimizer.zero_grad()
     loss.backward()
     average_gradients(optimizer)
-    for group in optimizer.param_groups:  # the predictor must keep up with z (section 4.2):
-        if group["name"] == "predictor" and args.predictor_lr == "fixed":  # always at the peak
+    # z changes until the end, and the predictor is to follow: its rate stays at the peak (4.2).
+    for group in optimizer.param_groups:
+        if group["name"] == "predictor" and args.predictor_lr == "fixed":
             group["lr"] = args.lr * args.batch_size / 256
     optimizer.step()
     return loss.detach(), z1.detach()
 # === shared: monitor and checkpoint ===
 def z_std(z):
-    """Std of l2-normalised z (N, D) times sqrt(D) (SimSiam Fig. 2): 0 is one point, 1 healthy."""
+    """Std of l2-normalised z (N, D) times sqrt(D): 0 is one point, 1 healthy, or else a line."""
     return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 def save(path, checkpoint):
@@ -194,11 +196,7 @@ def main(argv=None):
     args = parse_args(argv)
     join_processes(args)
     out = Path(args.out)
-    if out.is_dir() or out.suffix == ".csv":
-        raise ValueError(f"--out {out} is a folder or .csv: name a file such as {METHOD}.pt")
-    for path in (out, out.with_suffix(".csv"), Path(args.preview or out)):
-        if RANK == 0 and path.exists() and not args.overwrite and args.resume not in ("", args.out):
-            raise ValueError(f"{path} exists: go on with --resume or replace it with --overwrite")
+    check_outputs(out, args)  # an error if a file would be lost
     data = load_dataset(args.dataset, args.data_dir, args.image_size)
     images = data.train_images.to(args.device)  # (n, C, H, W) uint8: all of it stays on the device
     args.n_images = len(images)  # kept with the options, for a --resume with other images
@@ -218,9 +216,9 @@ def main(argv=None):
     backbone = build_backbone(args.backbone, images.shape[1], images.shape[3])
     model = build_model(backbone, args).to(args.device)
     model = sync_batchnorm(model) if SYNC_BATCHNORM else model
-    groups = [dict(params=[p for p in model[name].parameters() if (p.ndim > 1) == decays],
-                   weight_decay=decays * args.weight_decay, name=name)  # biases and BatchNorm do
-              for name in TRAINED for decays in (True, False)]  # not decay, as is usual
+    groups = [dict(params=[p for p in model[name].parameters() if (p.ndim > 1) == is_weight],
+                   weight_decay=args.weight_decay if is_weight else 0.0, name=name)
+              for name in TRAINED for is_weight in (True, False)]  # biases, BatchNorm: no decay
     peak_lr = args.lr * args.batch_size / 256
     optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9, fused=args.device == "cuda")
     metrics, begin, stop = [], 0, min(args.max_steps or total_steps, total_steps)
@@ -232,11 +230,12 @@ def main(argv=None):
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{args.resume or out} is not whole: {error!r}") from error
         metrics, begin = saved["metrics"], saved["step"]
-    if RANK == 0:
-        write(f"{out}.trial", bytes(2 * sum(x.nbytes for x in model.state_dict().values())))
-        os.remove(f"{out}.trial")  # the disk has room: better known now than after an epoch
-    [network.compile() for network in model.values() if args.compile]
-    if args.preview and RANK == 0:
+        if begin >= stop and RANK == 0:
+            print(f"{args.resume or out} has all of its {stop} steps: nothing is left to do")
+    check_room(out, model)  # on the disk: better known now than after an epoch
+    for network in model.values() if args.compile else ():
+        network.compile()
+    if args.preview and RANK == 0 and (args.overwrite or not Path(args.preview).exists()):
         sample, draws = images[:16].float() / 255, torch.Generator(args.device).manual_seed(0)
         rows = [sample] + [augment(sample, **view, generator=draws) for view in views]
         save_image(F.interpolate(torch.cat(rows), scale_factor=3), args.preview, nrow=len(sample))
@@ -258,7 +257,7 @@ def main(argv=None):
         sums += torch.stack([gather(loss[None]).mean(), z_std(gather(z))])
         if i % 20 == 0 and not bar.disable:  # not at each step: reading waits for the device
             bar.set_postfix(loss=loss.item(), lr=lr)
-        if i + 1 < steps_per_epoch and step + 1 < stop:
+        if i + 1 < steps_per_epoch and step + 1 < stop:  # neither epoch nor run is over
             continue
         loss, spread = (sums / (i + 1)).tolist()
         seconds, epoch, knn = time.perf_counter() - begun, step // steps_per_epoch + 1, ""
@@ -267,7 +266,8 @@ def main(argv=None):
         if RANK > 0:  # the first process measures and saves
             continue
         if args.knn_every and (epoch % args.knn_every == 0 or step + 1 == total_steps):
-            some = (known := torch.where(data.train_labels >= 0)[0])[::max(1, len(known) // 20_000)]
+            known = torch.where(data.train_labels >= 0)[0]  # -1: an image without a label (STL-10)
+            some = known[::max(1, len(known) // 20_000)]
             bank, queries = (extract_features(backbone, x, mean, std)
                              for x in (data.train_images[some], data.test_images))
             knn = knn_accuracy(bank, data.train_labels[some], queries, data.test_labels)
@@ -287,7 +287,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         out = parse_args().out
-        hint = f"--resume goes on from {out}" if os.path.exists(out) else "nothing is saved yet"
+        hint = f"--resume goes on from {out}" if Path(out).exists() else "nothing is saved yet"
         argparse.ArgumentParser().exit(130, f"stopped: {hint}\n")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         argparse.ArgumentParser().exit(2, f"{METHOD}.py: error: {error}\n")

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -242,6 +243,30 @@ def test_resume_from_another_file_replaces_none(good, tiny, tmp_path, capfd):
     options = ["--data-dir", tiny, *RUN, "--resume", good, "--out", "new.pt"]
     assert "new.pt exists" in one_line(call(capfd, tmp_path, "byol.py", *options))
     assert (tmp_path / "new.pt").read_bytes() == b"another run"
+
+
+@pytest.mark.parametrize("name", ["byol.pt", "./byol.pt"])
+def test_resume_keeps_a_picture_and_a_finished_run_says_so(good, tiny, tmp_path, capfd, name):
+    shutil.copy(good, tmp_path / "byol.pt")
+    (tmp_path / "mine.png").write_bytes(b"a picture of mine")
+    options = ["--data-dir", tiny, *RUN, "--resume", name, "--preview", "mine.png"]
+    process = call(capfd, tmp_path, "byol.py", *options)
+    assert process.returncode == 0 and process.stdout.startswith("epoch 2 "), process.stderr
+    assert (tmp_path / "mine.png").read_bytes() == b"a picture of mine"
+    before = (tmp_path / "byol.pt").read_bytes()
+    process = call(capfd, tmp_path, "byol.py", *options)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == f"{name} has all of its 10 steps: nothing is left to do\n"
+    assert (tmp_path / "byol.pt").read_bytes() == before
+
+
+def test_preview_replaces_a_picture_only_if_told_to(tiny, tmp_path, capfd):
+    (tmp_path / "mine.png").write_bytes(b"a picture of mine")
+    options = ["--data-dir", tiny, *RUN, "--max-steps", "1", "--preview", "mine.png"]
+    assert "mine.png exists" in one_line(call(capfd, tmp_path, "byol.py", *options))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
+    assert call(capfd, tmp_path, "byol.py", *options, "--overwrite").returncode == 0
+    assert (tmp_path / "mine.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_other_images_are_not_resumed(good, tmp_path, capfd):
