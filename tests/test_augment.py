@@ -63,6 +63,15 @@ def test_every_image_draws_its_own(what):
     assert distinct >= (4 if what in ("grayscale", "solarize") else 30)
 
 
+@pytest.mark.parametrize("what", ["brightness", "contrast", "saturation", "hue"])
+def test_without_jitter_no_strength_matters(what):
+    x = images(64)
+    y = byol.augment(x, **IDENTITY | {"jitter": 0.0, what: 0.4}, generator=generator())
+    assert distance(y, x).max() < 1e-5
+    y = byol.augment(x, **IDENTITY | {"jitter": 1.0, what: 0.4}, generator=generator())
+    assert (distance(y, x) > 1e-3).float().mean() > 0.9
+
+
 def test_jitter_is_a_probability():
     x = images(1).expand(400, -1, -1, -1)
     y = byol.augment(x, **IDENTITY | dict(jitter=0.25, brightness=0.9), generator=generator())

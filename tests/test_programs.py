@@ -179,3 +179,15 @@ def test_z_std():
     assert byol.z_std(z).item() == pytest.approx(1, abs=0.02)
     assert byol.z_std(torch.ones(10, 4)).item() == pytest.approx(0, abs=1e-6)
     assert byol.z_std(1000 * z).item() == pytest.approx(byol.z_std(z).item(), rel=1e-5)
+
+
+def test_knn_leaves_out_images_without_a_label(tiny, tmp_path, monkeypatch):
+    """STL-10 has 100,000 such images, with the label -1, among the training images."""
+    data, banks = byol.load_dataset("fashion-mnist", tiny), []
+    data.train_labels[::3] = -1
+    monkeypatch.setattr(byol, "load_dataset", lambda *_: data)
+    monkeypatch.setattr(byol, "knn_accuracy", lambda *args: banks.append(args) or 12.5)
+    byol.main([*TRIAL, "--epochs", "1", "--out", str(tmp_path / "byol.pt")])
+    [(features, labels, queries, _)] = banks
+    assert labels.tolist() == [n for n in data.train_labels.tolist() if n >= 0]
+    assert len(features) == len(labels) == 213 and len(queries) == 100
