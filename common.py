@@ -30,10 +30,14 @@ FASHION_MNIST_CLASSES = tuple(
 )
 
 
+class DataError(ValueError):
+    """The data or its place is wrong; the message says what to do. The programs print it alone."""
+
+
 class Dataset(NamedTuple):
     """Images (N, C, H, W) uint8; labels (N,) int64, -1 where there is none.
 
-    `mean` and `std` (C,) float32 are those of the training images / 255.
+    `mean` and `std` (C,) float32 are those of the training images / 255, to four decimals.
     """
 
     train_images: torch.Tensor
@@ -45,12 +49,12 @@ class Dataset(NamedTuple):
     classes: tuple
 
 
-def load_dataset(name, data_dir, image_size=32):
-    """Load a dataset into memory.
+def load_dataset(name, data_dir, image_size=32, device="cpu"):
+    """Load a dataset into the memory of `device`.
 
     `name` is one of DATASETS or a folder that holds `train/<class>/*` and `test/<class>/*`, whose
     images are resized to `image_size` pixels. `data_dir` is where the files of the named datasets
-    are, or are downloaded to. Raises ValueError, naming the file and the remedy, when something is
+    are, or are downloaded to. Raises DataError, naming the file and the remedy, when something is
     missing, cut short or not an image.
     """
     if name == "fashion-mnist":
@@ -66,14 +70,22 @@ def load_dataset(name, data_dir, image_size=32):
             Path(name), image_size
         )
     else:
-        raise ValueError(
+        raise DataError(
             f"--dataset {name} is neither one of {', '.join(DATASETS)} nor an existing folder"
         )
     sample = (
         train_images[:: max(1, len(train_images) // 20_000)].float() / 255
     )  # enough for three digits
     mean, std = sample.mean(dim=(0, 2, 3)), sample.std(dim=(0, 2, 3)).clamp_min(1 / 255)
-    return Dataset(train_images, train_labels, test_images, test_labels, mean, std, tuple(classes))
+    tensors = (
+        train_images,
+        train_labels,
+        test_images,
+        test_labels,
+        mean.round(decimals=4),
+        std.round(decimals=4),
+    )
+    return Dataset(*(x.to(device) for x in tensors), tuple(classes))
 
 
 def load_fashion_mnist(data_dir):
@@ -85,7 +97,7 @@ def load_fashion_mnist(data_dir):
         try:
             torchvision.datasets.FashionMNIST(data_dir, download=True)
         except (OSError, RuntimeError) as error:
-            raise ValueError(
+            raise DataError(
                 f"Fashion-MNIST is not in {data_dir} and could not be downloaded "
                 f"({' '.join(str(error).split())}): on Debian or Ubuntu run "
                 f"'apt-get install dataset-fashion-mnist', elsewhere put "
@@ -96,18 +108,18 @@ def load_fashion_mnist(data_dir):
     for file in FASHION_MNIST_FILES:
         path = find_idx(folder, file)
         if path is None:
-            raise ValueError(
+            raise DataError(
                 f"{folder} holds only a part of Fashion-MNIST: {file} (plain or .gz) is missing"
             )
         tensors.append(read_idx(path))
     train_images, train_labels, test_images, test_labels = tensors
     for images, labels in ((train_images, train_labels), (test_images, test_labels)):
         if images.ndim != 3 or labels.shape != images.shape[:1]:
-            raise ValueError(
+            raise DataError(
                 f"{folder}: {tuple(images.shape)} images do not match {tuple(labels.shape)} labels"
             )
         if labels.max() >= len(FASHION_MNIST_CLASSES):
-            raise ValueError(f"{folder} has a label {labels.max()}: Fashion-MNIST's are 0 to 9")
+            raise DataError(f"{folder} has a label {labels.max()}: Fashion-MNIST's are 0 to 9")
     return (
         train_images[:, None],
         train_labels.long(),
@@ -133,15 +145,15 @@ def read_idx(path):
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, gzip.zlib.error) as error:
-        raise ValueError(
+        raise DataError(
             f"{path} is cut short or damaged ({error}): delete it and get it again"
         ) from error
     if len(data) < 4 or data[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is not an IDX file of bytes: delete it and get it again")
+        raise DataError(f"{path} is not an IDX file of bytes: delete it and get it again")
     header = 4 + 4 * data[3]
     shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, header, 4)]
     if len(data) != header + math.prod(shape):
-        raise ValueError(
+        raise DataError(
             f"{path} is cut short or damaged: {len(data)} bytes where its header promises "
             f"{header + math.prod(shape)}; delete it and get it again"
         )
@@ -161,7 +173,7 @@ def load_torchvision(name, data_dir):
             }[name]
             train, test = kind(data_dir, train=True, download=True), kind(data_dir, train=False)
     except (OSError, RuntimeError, EOFError) as error:
-        raise ValueError(
+        raise DataError(
             f"{name} is not whole in {data_dir} and could not be downloaded "
             f"({' '.join(str(error).split())}): put the archive that torchvision reads into "
             f"{data_dir}, or pass a folder of images to --dataset"
@@ -188,18 +200,18 @@ def load_folder(folder, image_size):
 
     classes = [path.name for path in visible(folder / "train") if path.is_dir()]
     if len(classes) < 2:
-        raise ValueError(
+        raise DataError(
             f"{folder} needs two classes or more as train/<class>/ folders, it has {len(classes)}"
         )
     for path in visible(folder / "test"):
         if path.is_dir() and path.name not in classes:
-            raise ValueError(f"{path} has no counterpart in {folder}/train")
+            raise DataError(f"{path} has no counterpart in {folder}/train")
     paths, labels = {"train": [], "test": []}, {"train": [], "test": []}
     for split in paths:
         for label, name in enumerate(classes):
             found = [path for path in visible(folder / split / name) if path.is_file()]
             if not found:
-                raise ValueError(
+                raise DataError(
                     f"{folder / split / name} holds no images: a class needs them in train and test"
                 )
             paths[split] += found
@@ -208,7 +220,7 @@ def load_folder(folder, image_size):
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's: each holds the images
     needed, memory = processes * 3 * image_size**2 * len(files), physical_memory()
     if needed > memory / 2:
-        raise ValueError(
+        raise DataError(
             f"{folder}: {len(files):,} images of {image_size} pixels take {needed / 1e9:.2f} GB, "
             f"over half of the {memory / 1e9:.2f} GB of memory: lower --image-size or use fewer"
         )
@@ -267,7 +279,7 @@ def decode_image(path, image_size):
                 image = image.point(lambda value: value / 256).convert("L")
             image = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
+        raise DataError(
             f"{path} is not an image that can be decoded ({error}): mend or remove it"
         ) from error
     if image.size != (image_size, image_size):
@@ -314,5 +326,5 @@ def build_backbone(name, in_channels, image_size=32):
         backbone.feature_dim = backbone.fc.in_features
         backbone.fc = nn.Identity()
     else:
-        raise ValueError(f"--backbone {name} is not one of {', '.join(BACKBONES)}")
+        raise ValueError(f"backbone {name} is not one of {', '.join(BACKBONES)}")
     return backbone.to(memory_format=torch.channels_last)

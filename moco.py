@@ -1,298 +1,299 @@
-"""MoCo, Momentum Contrast (He et al. 2019, https://arxiv.org/abs/1911.05722; v2 2003.04297), whole.
+"""MoCo v2: Momentum Contrast (He et al. 2019, arxiv.org/abs/1911.05722; Chen et al. 2020,
+arxiv.org/abs/2003.04297).
 
-A query, made from one view of an image, must recognise the key made from the image's other view
-among thousands of keys of other images, which a queue keeps from past batches. Old and new keys are
-comparable because their encoder changes slowly: as a running mean of the query encoder.
-N batch, D projection, K queue; q = projector(backbone(x)), k = key_encoder(x), scaled to length 1.
-    python moco.py --epochs 10                # 3.5 minutes on two EPYC (Zen 3) cores
-    python linear_eval.py --weights moco.pt   # 90.7% linear (3 seeds), random init 88.1%
-Unlike the papers: momentum 0.99 and K 4,096, as runs are short; mild crops, no blur; a small head;
-warm-up, no decay of biases and BatchNorm, as in the siblings; ShuffleBN only across processes.
+A query, made from one view of an image, must find the key made from the other view among thousands
+of keys of other images, the negatives. A queue keeps these from earlier batches. Old and new keys
+can be compared because their encoder changes slowly: it is a running average of that of queries.
+
+    python moco.py --epochs 10                # TODO
+    python linear_eval.py --weights moco.pt   # TODO
+
+N images in a batch, D dimensions, K keys in the queue, q a query, k its key.
+
+Unlike the papers: K 4,096, momentum 0.99, a smaller head, warm-up, milder crops and no blur, since
+runs are short and images small; BatchNorm not shuffled between GPUs; colours change in a
+fixed order, and hue by rotating RGB.
 """
 
-# === shared: imports ===
 import argparse
-import io
+import atexit
 import math
+import os
+import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torchvision.transforms.v2.functional import rgb_to_grayscale
-from torchvision.utils import save_image
+from torchvision.transforms.v2.functional import normalize, rgb_to_grayscale
 from tqdm import tqdm
 
-from common import BACKBONES, DATASETS, build_backbone, load_dataset
-from linear_eval import extract_features, knn_accuracy, load_encoder
-from plumbing import (RANK, WORLD, average_gradients, check_outputs, check_room, gather,
-                      join_processes, pick_device, sync_batchnorm, within, write)
-# === method: constants ===
-from copy import deepcopy  # for the network that is a running mean
-METHOD, LR = "moco", 0.15  # learning rate for 256 images a step
-SYNC_BATCHNORM = False  # each GPU keeps its own statistics; ShuffleBN, in the step, hides them
-TRAINED = ("backbone", "projector")  # what the optimizer moves: not the key encoder
-# The views of MoCo v2, with milder crops and no blur, which 28 pixels cannot spare.
-VIEW_1 = dict(crop_scale=(0.3, 1.0), jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4,
-              hue=0.1, grayscale=0.2, solarize=0.0)
+from common import BACKBONES, DATASETS, DataError, build_backbone, load_dataset
+
+# area: of a crop; 1 is all. mirror, grayscale: probabilities.
+# jitter: largest change of brightness, contrast, saturation, hue.
+VIEW_1 = dict(area=(0.3, 1), mirror=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
 VIEW_2 = VIEW_1
-# === shared: options ===
-# --augment says what to keep; these settings switch the rest off. The mirror always stays.
-WITHOUT = {"crop+color": {}, "crop": dict(jitter=0, grayscale=0, solarize=0),
-           "color": dict(crop_scale=(1, 1))}
-WITHOUT["none"] = WITHOUT["crop"] | WITHOUT["color"]
+
+
+class MoCo(nn.Module):
+    """A query encoder, a key encoder that is its running average, and a queue of keys."""
+
+    def __init__(self, backbone, hidden_dim, projection_dim, queue_size):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = nn.Sequential(
+            nn.Linear(backbone.feature_dim, hidden_dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden_dim, projection_dim),
+        )
+        # The key encoder starts as a copy, and is frozen: no optimizer moves it.
+        self.key_encoder = deepcopy(nn.Sequential(backbone, self.projector)).requires_grad_(False)
+        queue = F.normalize(torch.randn(queue_size, projection_dim), dim=1)
+        self.register_buffer("queue", queue)  # (K, D): random directions at first
+
+    def forward(self, x1, x2):
+        """Return queries q of x1 and keys k of x2 (N, D), for two views (N, C, H, W)."""
+        q = self.projector(self.backbone(x1))
+        with torch.no_grad():  # stop-gradient: only the query learns
+            k = self.key_encoder(x2)
+        return F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
+
+    @torch.no_grad()
+    def update_key_encoder(self, momentum):
+        """theta_k = m * theta_k + (1 - m) * theta_q (Eq. 2)."""
+        encoder = nn.Sequential(self.backbone, self.projector)
+        # Weights only: BatchNorm's running statistics come from its own batches.
+        for k, q in zip(self.key_encoder.parameters(), encoder.parameters(), strict=True):
+            k.lerp_(q, 1 - momentum)
+
+    @torch.no_grad()
+    def enqueue(self, keys):
+        """Append keys (N, D) to the queue (K, D), and drop as many of the oldest."""
+        if dist.is_initialized():  # those of all processes
+            parts = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, keys)
+            keys = torch.cat(parts)
+        self.queue.copy_(torch.cat([self.queue, keys])[-len(self.queue) :])
+
+
+def info_nce(q, k, queue, temperature):
+    """Return the cross-entropy of finding key k of query q before those of the queue (Eq. 1).
+
+    q, k: (N, D), queue: (K, D), rows of length 1. Equally near keys give log(K + 1).
+    """
+    positive = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
+    logits = torch.cat([positive, q @ queue.T], dim=1) / temperature  # (N, 1 + K)
+    labels = torch.zeros(len(q), dtype=torch.long, device=q.device)  # key k is in column 0
+    return F.cross_entropy(logits, labels)
+
+
+def train(args):
+    """Train, and save a checkpoint after each epoch."""
+    rank, world = join_processes(args)
+    data = load_dataset(args.dataset, args.data_dir, args.image_size, args.device)
+    images = data.train_images  # (n, C, H, W) uint8, all on the device
+    args.images = list(images.shape)
+    steps_per_epoch = len(images) // args.batch_size  # a last, smaller batch is left out
+    total_steps = args.epochs * steps_per_epoch
+    if args.batch_size % world or args.batch_size > len(images):
+        sys.exit(f"--batch-size {args.batch_size}: use a multiple of {world} up to {len(images)}")
+
+    torch.manual_seed(args.seed)
+    backbone = build_backbone(args.backbone, images.shape[1], images.shape[3])
+    model = MoCo(backbone, args.hidden_dim, args.projection_dim, args.queue_size).to(args.device)
+    peak_lr = args.lr * args.batch_size / 256
+    optimizer = torch.optim.SGD(model.parameters(), peak_lr, momentum=0.9, weight_decay=5e-4)
+    metrics = load(args, model, optimizer) if args.resume else []
+    if world > 1 and args.device == "cuda":  # BatchNorm over the whole batch
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+
+    for epoch in range(len(metrics), args.epochs):
+        seed = 10_000 * args.seed + epoch  # --resume draws the same
+        torch.manual_seed(seed)
+        order = torch.randperm(len(images), device=args.device)  # the same in all processes
+        torch.manual_seed(seed + 1_000_000 * (rank + 1))  # the views are not
+        batches = order.split(args.batch_size)[:steps_per_epoch]
+        bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=rank > 0 or None)
+        sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
+
+        for step, batch in enumerate(bar, start=epoch * steps_per_epoch):
+            # The rate rises in a line for a tenth of the run, then falls along half a cosine.
+            rise = min(1, 10 * (step + 1) / total_steps)
+            fall = max(0, step / total_steps - 0.1) / 0.9
+            for group in optimizer.param_groups:
+                group["lr"] = peak_lr * rise * (1 + math.cos(math.pi * fall)) / 2
+
+            x = images[batch.chunk(world)[rank]] / 255  # (N, C, H, W) float
+            x1 = normalize(augment(x, **VIEW_1), data.mean, data.std)
+            x2 = normalize(augment(x, **VIEW_2), data.mean, data.std)
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+                q, k = replica(x1, x2)
+            loss = info_nce(q, k, model.queue, args.temperature)
+
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            model.update_key_encoder(args.momentum)
+            model.enqueue(k)  # last: a key must not be a negative of its own image
+
+            sums += torch.stack([loss.detach(), spread(q)])
+            if step % 20 == 0 and not bar.disable:  # rarely: it waits for the GPU
+                bar.set_postfix(loss=loss.item())
+
+        if world > 1:
+            dist.all_reduce(sums)
+        loss, z_std = (sums / steps_per_epoch / world).tolist()
+        if not math.isfinite(loss):
+            sys.exit(f"the loss became {loss} in epoch {epoch + 1}: lower --lr")
+        row = dict(epoch=epoch + 1, loss=loss, z_std=z_std, seconds=time.perf_counter() - begun)
+        metrics.append(row)
+        if rank == 0:
+            if data.classes and (epoch % 5 == 4 or epoch + 1 == args.epochs):
+                row["knn"] = knn_accuracy(backbone, data)
+            save(args, model, optimizer, metrics)
+            print("  ".join(f"{key} {value:.5g}" for key, value in row.items()), flush=True)
+
+
+def augment(x, area, mirror, jitter, grayscale, solarize=0.0):
+    """Return a view of each image of x (N, C, H, W), 0 to 1. Each image draws its own."""
+
+    def uniform(low, high):  # one number for each image
+        return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
+
+    x = random_resized_crop(x, area)
+    x = torch.where(uniform(0, 1) < mirror, x.flip(3), x)
+    brightness, contrast, saturation, hue = jitter
+    y = (x * uniform(1 - brightness, 1 + brightness)).clamp(0, 1)
+    mean = rgb_to_grayscale(y).mean(dim=(1, 2, 3), keepdim=True)
+    y = torch.lerp(mean, y, uniform(1 - contrast, 1 + contrast)).clamp(0, 1)
+    y = torch.lerp(rgb_to_grayscale(y), y, uniform(1 - saturation, 1 + saturation)).clamp(0, 1)
+    y = turn_hue(y, uniform(-hue, hue)).clamp(0, 1)
+    x = torch.where(uniform(0, 1) < 0.8, y, x)  # one image in five keeps its colours
+    x = torch.where(uniform(0, 1) < grayscale, rgb_to_grayscale(x), x)
+    return torch.where((uniform(0, 1) < solarize) & (x >= 0.5), 1 - x, x)
+
+
+def random_resized_crop(x, area):
+    """Cut a random box out of each image and stretch it to the image's size."""
+    draws = torch.rand(4, len(x), device=x.device)
+    area = area[0] + (area[1] - area[0]) * draws[0]
+    limit = (-area.log()).clamp(max=math.log(4 / 3))  # 4:3, or less to fit in
+    ratio = ((2 * draws[1] - 1) * limit).exp()
+    size = torch.stack([area * ratio, area / ratio], dim=1).sqrt()  # (N, 2)
+    center = (1 - size) * (2 * draws[2:].T - 1)  # inside the image
+    theta = torch.cat([torch.diag_embed(size), center[:, :, None]], dim=2)  # (N, 2, 3)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def turn_hue(x, turn):
+    """Turn colours around the grey axis by `turn` (N, 1, 1, 1); 1 is the whole circle."""
+    cos, sin = (2 * math.pi * turn).cos(), (2 * math.pi * turn).sin() / math.sqrt(3)
+    mean = x.mean(dim=1, keepdim=True)
+    return mean + cos * (x - mean) + sin * (x.roll(1, dims=1) - x.roll(2, dims=1))
+
+
+def spread(z):
+    """Return z_std of z (N, D): 1 for random directions, 0 for a point. It overlooks a line."""
+    return F.normalize(z.detach(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def knn_accuracy(backbone, data, k=20):
+    """Return the accuracy in percent of a vote of k neighbours. No test image is used."""
+    labelled = (data.train_labels >= 0).nonzero().flatten()
+    torch.manual_seed(0)  # the same images each time: a fifth ask, the rest vote
+    some = labelled[torch.randperm(len(labelled), device=labelled.device)[:25_000]]
+    images, labels, n = data.train_images[some], data.train_labels[some], len(some) // 5
+    backbone.eval()  # BatchNorm uses its running statistics
+    h = [backbone(normalize(x / 255, data.mean, data.std)) for x in images.split(500)]
+    backbone.train()
+    h = F.normalize(torch.cat(h), dim=1)  # (5n, F)
+    nearest = (h[:n] @ h[n:].T).topk(min(k, len(h) - n), dim=1).indices  # (n, k)
+    votes = labels[n:][nearest].mode(dim=1).values
+    return 100 * (votes == labels[:n]).float().mean().item()
+
+
+def join_processes(args):
+    """Return the rank of this process and the number of processes: 0 and 1 without torchrun."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    if world > 1:
+        dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
+    if rank == 0:
+        print(f"device {args.device}, bf16 {args.bf16}, processes {world}")
+    return rank, world
+
+
+def save(args, model, optimizer, metrics):
+    """Write a checkpoint, then rename it, so that a kill leaves a whole one."""
+    checkpoint = dict(args=vars(args), code=CODE, metrics=metrics)
+    checkpoint |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, f"{args.out}.tmp")
+    os.replace(f"{args.out}.tmp", args.out)
+
+
+def load(args, model, optimizer):
+    """Restore what `save` wrote, and return the metrics so far."""
+    saved = torch.load(args.out, "cpu", weights_only=True)
+    may_differ = "out", "data_dir", "device", "bf16", "resume"
+    for name, value in saved["args"].items():
+        if name not in may_differ and value != vars(args).get(name):
+            sys.exit(f"--resume: {args.out} has {name} {value}, not {vars(args).get(name)}")
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["metrics"]
+
 
 def parse_args(argv=None):
-    """Read the command line, or the list of strings `argv`."""
-    parser = argparse.ArgumentParser(f"{METHOD}.py", argparse.SUPPRESS, __doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--dataset", default="fashion-mnist", help=f"{', '.join(DATASETS)}, or a folder: README")
-    add("--data-dir", default="data", help="folder that has, or gets, a named dataset's files")
-    add("--image-size", type=within(8, 1024), default=32, help="pixels, for a folder's images")
-    add("--backbone", choices=BACKBONES, help="unset: convnet for fashion-mnist, else resnet18")
-    add("--epochs", type=within(1), default=100, help="passes over the training images")
-    add("--batch-size", type=within(2), default=512, help="images a step, two views each")
-    add("--lr", type=within(1e-9, kind=float), default=LR, help="peak, per 256 of --batch-size")
-    add("--weight-decay", type=within(0, kind=float), default=5e-4, help="on weights only")
-    add("--warmup-epochs", type=within(0, kind=float), default=1, help="epochs of linear warm-up")
-    add("--seed", type=within(0), default=0, help="of weights, order and views")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda, cpu")
-    add("--augment", choices=WITHOUT, default="crop+color", help="what views keep (SimCLR Fig. 5)")
-    add("--compile", action="store_true", help="torch.compile the networks: slow start, then fast")
-    add("--knn-every", type=within(0), default=5, help="epochs between kNN tests; 0: none")
-    add("--max-steps", type=within(1), help="end after so many steps, for good: a trial")
-    add("--preview", metavar="PNG", help="first save 16 images with their two views here")
-    add("--out", default=f"{METHOD}.pt", help="checkpoint; the curves go beside it, as .csv")
-    add("--overwrite", action="store_true", help="replace an --out that is there")
-    add("--resume", nargs="?", const="", metavar="PATH", help="go on from PATH or --out")
-    # === method: options ===
-    add("--temperature", type=within(1e-3, 100, float), default=0.2, help="tau; 0.2 in v2")
-    add("--momentum", type=within(0, 1, float), default=0.99, help="m of Eq. 2; 0.999 in MoCo")
-    add("--queue-size", type=within(1, 10**6), default=4096, help="K, keys kept; 65536 in MoCo")
-    add("--mlp", action=argparse.BooleanOptionalAction, default=True, help="v2's head, else v1's")
-    add("--symmetric", action="store_true", help="each view is query once and key once")
-    add("--hidden-dim", type=within(1, 16384), default=512, help="of the MLP head; 2048 in v2")
-    add("--projection-dim", type=within(1, 16384), default=128, help="D; 128 in MoCo")
-    # === shared: resolve options ===
-    args = parser.parse_args(argv, argparse.Namespace(method=METHOD))  # --resume compares it too
-    args.backbone = args.backbone or ("convnet" if args.dataset == "fashion-mnist" else "resnet18")
-    args.device = pick_device(parser, args.device)
+    """Read the command line, or `argv`."""
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
+    option, devices = parser.add_argument, ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
+    option("--hidden-dim", type=int, default=512, help="of the projector; paper: 2048")
+    option("--projection-dim", type=int, default=128, help="D")
+    option("--queue-size", type=int, default=4096, help="K, up to the images; paper: 65536")
+    option("--momentum", type=float, default=0.99, help="of the key encoder; paper: 0.999")
+    option("--temperature", type=float, default=0.2, help="tau of Eq. 1")
+    option("--lr", type=float, default=0.15, help="peak rate per 256 images")
+    option("--epochs", type=int, default=100)
+    option("--batch-size", type=int, default=128, help="of all processes")
+    option("--seed", type=int, default=0)
+    option("--dataset", default="fashion-mnist", help=f"{', '.join(DATASETS)} or a folder")
+    option("--data-dir", default="data", help="for a named dataset")
+    option("--image-size", type=int, default=32, help="pixels, for a folder's images")
+    option("--backbone", choices=BACKBONES, default="convnet")
+    option("--device", choices=devices, default=devices[-1])
+    option("--bf16", action=argparse.BooleanOptionalAction, help="unset: if the GPU has it")
+    option("--out", default=f"{Path(__file__).stem}.pt", help="the checkpoint")
+    option("--resume", action="store_true", help="go on with the run in --out")
+    args = parser.parse_args(argv, argparse.Namespace(method=Path(__file__).stem))
+    if args.bf16 is None:
+        args.bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(False)
+    ranges = dict(seed=(0, 1e6), batch_size=(2, 1e6), tau=(0, 1), momentum=(0, 1))
+    for name, value in vars(args).items():
+        low, high = ranges.get(name, (1e-6, 1e6))
+        if type(value) in (int, float) and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} {value} is not from {low:g} to {high:g}")
+    if args.resume != os.path.exists(args.out):
+        parser.error(f"--out {args.out} must exist with --resume, and must not exist without it")
     return args
-# === shared: augment ===
-def augment(images, crop_scale, jitter, brightness, contrast, saturation, hue, grayscale, solarize,
-            generator=None):
-    """Draw a view of each image (N, C, H, W), float in [0, 1] in and out, with draws of its own.
-    `crop_scale` is the range of the crop's share of the area; `jitter`, `grayscale` and `solarize`
-    are probabilities; the other four are the strengths of torchvision's ColorJitter, in order."""
-    n, channels, rows, columns = images.shape
-    def uniform(low, high):  # (N, 1, 1, 1): one draw per image
-        draws = torch.rand(WORLD * n, 1, 1, 1, generator=generator, device=images.device)
-        return low + (high - low) * draws.chunk(WORLD)[RANK]  # of several processes: one's share
-    area = uniform(*crop_scale)
-    limit = (-area.log()).clamp(max=math.log(4 / 3))  # of |log aspect|: 4/3, less if too wide
-    aspect = (limit * uniform(-1, 1)).exp()
-    height, width = rows * (area / aspect).sqrt(), columns * (area * aspect).sqrt()
-    top, left = uniform(0, 1) * (rows - height), uniform(0, 1) * (columns - width)
-    images = resized_crop(images, top, left, height, width, mirror=uniform(0, 1) < 0.5)
-    jittered = (uniform(0, 1) < jitter).float()  # 1: change all four, 0: none
-    images = (images * (1 + jittered * uniform(-brightness, brightness))).clamp(0, 1)
-    mean = rgb_to_grayscale(images).mean(dim=(2, 3), keepdim=True)  # (N, 1, 1, 1)
-    images = torch.lerp(mean, images, 1 + jittered * uniform(-contrast, contrast)).clamp(0, 1)
-    if channels == 3:
-        factor = 1 + jittered * uniform(-saturation, saturation)
-        factor = factor * (uniform(0, 1) >= grayscale)  # 0 leaves grey
-        images = torch.lerp(rgb_to_grayscale(images), images, factor).clamp(0, 1)
-        images = shift_hue(images, jittered * uniform(-hue, hue))
-    return torch.where((uniform(0, 1) < solarize) & (images >= 0.5), 1 - images, images)
 
-def resized_crop(images, top, left, height, width, mirror):
-    """Resize a box of each image bilinearly to H x W; its place, size, `mirror` are (N, 1, 1, 1).
-    A new row mixes two old ones: two matrix products, on a CPU twice as fast as grid_sample."""
-    def mixture(start, length, size):  # (N, 1, size, size): share of old pixel j in new pixel i
-        pixels = torch.arange(size, device=images.device)
-        source = start + (pixels[:, None] + 0.5) * length / size - 0.5  # (N, 1, size, 1)
-        source = source.clamp(start, start + (length - 1).clamp(min=0))  # stay inside the box
-        return (1 - (source - pixels).abs()).clamp(min=0)  # bilinear: 1 at a pixel, 0 at the next
-    rows, columns = mixture(top, height, images.shape[2]), mixture(left, width, images.shape[3])
-    return rows @ images @ torch.where(mirror, columns.flip(2), columns).transpose(2, 3)
 
-def shift_hue(images, shift):
-    """Turn the hue of RGB images by `shift` (N, 1, 1, 1), -0.5 to 0.5 of the colour circle."""
-    red, green, blue = images.split(1, dim=1)
-    value = images.amax(dim=1, keepdim=True)
-    chroma = value - images.amin(dim=1, keepdim=True)
-    safe = chroma.clamp(min=1e-8)  # no 0 / 0 where grey
-    hue = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
-    hue = torch.where(value == red, (green - blue) / safe, hue) + 6 * shift  # sixths of the circle
-    sixths = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6  # of red, green, blue: 0 is
-    return value - chroma * torch.minimum(sixths, 4 - sixths).clamp(0, 1)
-# === method: networks ===
-def build_model(backbone, args):
-    """Return the query encoder (backbone, projector), the key encoder, and the queue (K, D)."""
-    h_dim, hidden, dim = backbone.feature_dim, args.hidden_dim, args.projection_dim
-    mlp = nn.Sequential(nn.Linear(h_dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
-    projector = mlp if args.mlp else nn.Linear(h_dim, dim)  # v2's or v1's head; no BatchNorm
-    key_encoder = deepcopy(nn.Sequential(backbone, projector))  # equal at first
-    model = nn.ModuleDict(dict(backbone=backbone, projector=projector, key_encoder=key_encoder))
-    model.register_buffer("queue", F.normalize(torch.randn(args.queue_size, dim), dim=1))
-    model.register_buffer("pointer", torch.tensor(0))  # row of the oldest key, the next to go
-    return model
-# === method: loss ===
-def info_nce(q, k, queue, temperature):
-    """Mean cross-entropy of telling key k_i from K others by query q_i (MoCo Eq. 1).
-    q, k (N, D), queue (K, D), all rows of length 1; log(K + 1) when all similarities are equal."""
-    positive = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
-    logits = torch.cat([positive, q @ queue.T], dim=1) / temperature  # (N, 1 + K), k_i first
-    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
-# === method: queue ===
-def enqueue(queue, pointer, keys):
-    """Write keys (N, D) in place over the oldest of queue (K, D); return the new pointer."""
-    kept = keys[-len(queue):]  # of more than K keys only the last K fit
-    rows = pointer + len(keys) - len(kept) + torch.arange(len(kept), device=queue.device)
-    queue[rows % len(queue)] = kept
-    return (pointer + len(keys)) % len(queue)
-# === method: EMA ===
-@torch.no_grad()  # the key encoder is a running mean: nothing here is to be differentiated
-def ema_update(target, online, momentum):
-    """theta_k = momentum theta_k + (1 - momentum) theta_q, in place (MoCo Eq. 2)."""
-    # Parameters only: the key encoder's BatchNorm keeps the running statistics of its own batches.
-    for key, query in zip(target.parameters(), online.parameters(), strict=True):
-        key.lerp_(query, 1 - momentum)
-# === method: step ===
-def train_step(model, optimizer, x1, x2, progress, args):
-    """Learn from two views (N, C, H, W); return loss, q (for z_std). Only BYOL has `progress`."""
-    query_encoder = nn.Sequential(model["backbone"], model["projector"])
-    loss, keys = 0, []
-    for x_query, x_key in [(x1, x2), (x2, x1)] if args.symmetric else [(x1, x2)]:
-        with torch.autocast(x1.device.type, torch.bfloat16, enabled=x1.is_cuda):
-            q = query_encoder(x_query)  # (N, D)
-            with torch.no_grad():  # stop-gradient: only ema_update moves the key encoder
-                # ShuffleBN (section 3.3), a no-op alone: shared batch statistics would betray k_i.
-                dealt = model["key_encoder"](gather(x_key)[RANK::WORLD])  # (N, D), not in q's order
-        q, dealt = F.normalize(q.float(), dim=1), F.normalize(dealt.float(), dim=1)
-        keys.append(gather(dealt).unflatten(0, (WORLD, -1)).transpose(0, 1).flatten(0, 1))
-        k = keys[-1].chunk(WORLD)[RANK]  # (N, D), in order again: k_i and q_i show the same image
-        loss += info_nce(q, k, model.queue, args.temperature) / (1 + args.symmetric)
-    optimizer.zero_grad()
-    loss.backward()
-    average_gradients(optimizer)
-    optimizer.step()
-    ema_update(model["key_encoder"], query_encoder, args.momentum)
-    # Only now: backward() needed the old queue, and keys must not be negatives of their own images.
-    model.pointer = enqueue(model.queue, model.pointer, torch.cat(keys))
-    return loss.detach(), q.detach()
-# === shared: monitor and checkpoint ===
-def z_std(z):
-    """Std of l2-normalised z (N, D) times sqrt(D): 0 is one point, 1 healthy, or else a line."""
-    return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
-
-def save(path, checkpoint):
-    """Write the metrics as .csv, then the checkpoint, which is what --resume goes by."""
-    buffer, log = io.BytesIO(), checkpoint["metrics"]
-    torch.save(checkpoint, buffer)
-    lines = [",".join(map(str, x)) + "\n" for x in [log[0].keys(), *(row.values() for row in log)]]
-    write(path.with_suffix(".csv"), "".join(lines).encode())
-    write(path, buffer.getvalue())
-# === shared: main ===
-def main(argv=None):
-    """Train as the command line, or the list `argv`, says."""
-    args = parse_args(argv)
-    join_processes(args)
-    out = Path(args.out)
-    check_outputs(out, args)  # an error if a file would be lost
-    data = load_dataset(args.dataset, args.data_dir, args.image_size)
-    images = data.train_images.to(args.device)  # (n, C, H, W) uint8: all of it stays on the device
-    args.n_images = len(images)  # kept with the options, for a --resume with other images
-    saved = dict(args={}) if args.resume is None else load_encoder(args.resume or out)[1]
-    free = "data_dir compile knn_every preview out overwrite resume".split()  # may differ
-    other = {k: v for k, v in saved["args"].items() if k not in free and vars(args).get(k) != v}
-    if other:
-        raise ValueError(f"{args.resume or out} was made with {other}: --resume needs the same")
-    mean, std = (x.to(args.device).view(-1, 1, 1) for x in (data.mean, data.std))
-    views = [view | WITHOUT[args.augment] for view in (VIEW_1, VIEW_2)]
-    steps_per_epoch = len(images) // args.batch_size  # a last short batch is left out
-    if steps_per_epoch == 0:
-        raise ValueError(f"--batch-size {args.batch_size} is above the {len(images)} images")
-    total_steps, warmup_steps = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
-    torch.manual_seed(args.seed)  # for the weights
-    generator = torch.Generator(args.device).manual_seed(args.seed)  # for the order and the views
-    backbone = build_backbone(args.backbone, images.shape[1], images.shape[3])
-    model = build_model(backbone, args).to(args.device)
-    model = sync_batchnorm(model) if SYNC_BATCHNORM else model
-    groups = [dict(params=[p for p in model[name].parameters() if (p.ndim > 1) == is_weight],
-                   weight_decay=args.weight_decay if is_weight else 0.0, name=name)
-              for name in TRAINED for is_weight in (True, False)]  # biases, BatchNorm: no decay
-    peak_lr = args.lr * args.batch_size / 256
-    optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9, fused=args.device == "cuda")
-    metrics, begin, stop = [], 0, min(args.max_steps or total_steps, total_steps)
-    if args.resume is not None:
-        try:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            generator.set_state(saved["rng"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{args.resume or out} is not whole: {error!r}") from error
-        metrics, begin = saved["metrics"], saved["step"]
-        if begin >= stop and RANK == 0:
-            print(f"{args.resume or out} has all of its {stop} steps: nothing is left to do")
-    check_room(out, model)  # on the disk: better known now than after an epoch
-    for network in model.values() if args.compile else ():
-        network.compile()
-    if args.preview and RANK == 0 and (args.overwrite or not Path(args.preview).exists()):
-        sample, draws = images[:16].float() / 255, torch.Generator(args.device).manual_seed(0)
-        rows = [sample] + [augment(sample, **view, generator=draws) for view in views]
-        save_image(F.interpolate(torch.cat(rows), scale_factor=3), args.preview, nrow=len(sample))
-    bar = tqdm(range(begin, stop), initial=begin, total=stop, unit=" images",
-               unit_scale=args.batch_size, disable=RANK > 0 or None)  # None: terminals only
-    for step in bar:
-        i = step % steps_per_epoch
-        if i == 0:  # a new epoch: a new order of the images, and sums of loss and z_std
-            order = torch.randperm(len(images), generator=generator, device=args.device)
-            sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
-        share = order[i * args.batch_size:(i + 1) * args.batch_size].chunk(WORLD)[RANK]
-        batch = images[share].float() / 255  # (N, C, H, W); alone, a process has the whole batch
-        x1, x2 = [(augment(batch, **view, generator=generator) - mean) / std for view in views]
-        lr = peak_lr * (1 + math.cos(math.pi * step / total_steps)) / 2  # half a cosine, to 0
-        lr *= min(1, (step + 1) / max(1, warmup_steps))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss, z = train_step(model, optimizer, x1, x2, step / total_steps, args)
-        sums += torch.stack([gather(loss[None]).mean(), z_std(gather(z))])
-        if i % 20 == 0 and not bar.disable:  # not at each step: reading waits for the device
-            bar.set_postfix(loss=loss.item(), lr=lr)
-        if i + 1 < steps_per_epoch and step + 1 < stop:  # neither epoch nor run is over
-            continue
-        loss, spread = (sums / (i + 1)).tolist()
-        seconds, epoch, knn = time.perf_counter() - begun, step // steps_per_epoch + 1, ""
-        if not math.isfinite(loss):
-            raise ValueError(f"loss {loss} in epoch {epoch} at learning rate {lr:.2g}: lower --lr")
-        if RANK > 0:  # the first process measures and saves
-            continue
-        if args.knn_every and (epoch % args.knn_every == 0 or step + 1 == total_steps):
-            known = torch.where(data.train_labels >= 0)[0]  # -1: an image without a label (STL-10)
-            some = known[::max(1, len(known) // 20_000)]
-            bank, queries = (extract_features(backbone, x, mean, std)
-                             for x in (data.train_images[some], data.test_images))
-            knn = knn_accuracy(bank, data.train_labels[some], queries, data.test_labels)
-        metrics.append(dict(
-            epoch=epoch, step=step + 1, loss=loss, lr=lr, z_std=spread, knn=knn,
-            images_per_second=(i + 1) * args.batch_size / seconds, seconds=seconds))
-        save(out, dict(
-            format=1, method=METHOD, backbone=args.backbone, in_channels=images.shape[1],
-            image_size=images.shape[3], dataset=args.dataset, args=vars(args), epoch=epoch,
-            step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
-            rng=generator.get_state(), metrics=metrics))
-        with bar.external_write_mode():
-            print("  ".join(f"{k} {v:.6g}" for k, v in metrics[-1].items() if v != ""), flush=True)
+CODE = Path(__file__).read_text()  # for the checkpoint
 
 if __name__ == "__main__":
     try:
-        main()
-    except KeyboardInterrupt:
-        out = parse_args().out
-        hint = f"--resume goes on from {out}" if Path(out).exists() else "nothing is saved yet"
-        argparse.ArgumentParser().exit(130, f"stopped: {hint}\n")
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        argparse.ArgumentParser().exit(2, f"{METHOD}.py: error: {error}\n")
+        train(parse_args())
+    except (DataError, KeyboardInterrupt) as error:
+        sys.exit(str(error) or "stopped: add --resume to go on from --out")

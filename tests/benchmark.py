@@ -1,135 +1,91 @@
-"""How fast is a training step, and what is it spent on? Run by hand: python tests/benchmark.py
+"""Images per second of the training scripts, measured on whole epochs of their own `train`.
 
-For each method: the whole step as main() does it, its data part alone (index, augment, normalise)
-and its compute part alone (train_step on views that are there already: forward of all networks,
-backward, optimizer, EMA). The three are timed in turns, so that a machine whose speed wanders
-treats them alike; the medians are printed. Then the time per image of one method's whole step by
-batch size and by number of training images: both should be flat, once a batch fills the machine.
-Further options go to the scripts, such as --dataset FOLDER --backbone resnet18 --batch-size 256.
+    python tests/benchmark.py
+    python tests/benchmark.py --methods byol --batch-size 512 --backbone resnet18
+
+Options that are not listed by --help go to the scripts. Nothing else should run on the machine.
+"end to end" is the training as it is. "compute" is the same without augmentation: both views are
+the batch itself. Their ratio is what the views cost. The first epoch of a run warms up and is left
+out; the runs of both kinds alternate, and each number is the median of its epochs.
 """
 
 import argparse
+import contextlib
 import importlib
+import os
 import resource
 import statistics
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import build_backbone, load_dataset  # noqa: E402
+import common  # noqa: E402
 
 METHODS = ("simclr", "moco", "byol", "simsiam")
 
 
-def timed(device, function):
-    """Seconds that the function takes on the device."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
-
-
-def prepare(method, images, data, options):
-    """Return three functions for one step of a method: end to end, data alone, compute alone."""
-    script = importlib.import_module(method)
-    args = script.parse_args(options)
-    images, n = images.to(args.device), args.batch_size
-    mean, std = (x.to(args.device).view(-1, 1, 1) for x in (data.mean, data.std))
-    generator = torch.Generator(args.device).manual_seed(0)
-    backbone = build_backbone(args.backbone, images.shape[1], images.shape[3])
-    model = script.build_model(backbone, args).to(args.device)
-    trained = [p for name in script.TRAINED for p in model[name].parameters()]
-    optimizer = torch.optim.SGD(
-        [dict(params=trained, name="all")], 0.01, momentum=0.9, weight_decay=5e-4
-    )
-    order = torch.randperm(len(images), generator=generator, device=args.device)
-
-    def make_views():
-        start = int(torch.randint(len(images) - n + 1, ()))
-        batch = images[order[start : start + n]].float() / 255
-        return [
-            (script.augment(batch, **view, generator=generator) - mean) / std
-            for view in (script.VIEW_1, script.VIEW_2)
-        ]
-
-    def step(views):
-        loss, z = script.train_step(model, optimizer, *views, 0.5, args)
-        return loss + script.z_std(z)
-
-    views = make_views()
-    return lambda: step(make_views()), make_views, lambda: step(views)
-
-
-def medians(device, functions, rounds):
-    """Median seconds of each function, all of them timed in turns."""
-    times = [[] for _ in functions]
-    for i in range(rounds + 3):
-        for function, seconds in zip(functions, times, strict=True):
-            taken = timed(device, function)
-            if i >= 3:  # the first ones warm up
-                seconds.append(taken)
-    return [statistics.median(seconds) for seconds in times]
+def epochs(method, data, options, augment):
+    """Train for three epochs; return the images per second of the second and the third."""
+    script, folder = importlib.import_module(method), tempfile.mkdtemp()
+    original = script.augment, script.load_dataset, script.knn_accuracy
+    script.load_dataset, script.knn_accuracy = lambda *args: data, lambda *args: 0.0
+    script.augment = script.augment if augment else lambda x, **view: x
+    out = f"{folder}/run.pt"
+    try:
+        args = script.parse_args(["--epochs", "3", "--out", out, *options])
+        with contextlib.redirect_stdout(open(os.devnull, "w")):
+            script.train(args)
+        rows = torch.load(out, "cpu", weights_only=True)["metrics"]
+    finally:
+        script.augment, script.load_dataset, script.knn_accuracy = original
+        Path(out).unlink(missing_ok=True)
+    images = len(data.train_images) // args.batch_size * args.batch_size
+    return [images / row["seconds"] for row in rows[1:]]
 
 
 def peak_memory(device):
-    """MB that the process, or the GPU, has needed at most so far."""
+    """MB that this process, or the GPU, has needed at most so far."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main():
+    """Print a table of the methods, and one of batch sizes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=20, help="steps that are timed")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind")
+    parser.add_argument("--images", type=int, default=6400, help="in the training set")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--data-dir", default="data")
     args, options = parser.parse_known_args()
-    chosen = importlib.import_module("simclr").parse_args(options)
-    device, n = chosen.device, chosen.batch_size
-    data = load_dataset(chosen.dataset, args.data_dir, chosen.image_size)
-    where = (
-        torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    there_is_none = f"{tempfile.mkdtemp()}/run.pt"
+    chosen = importlib.import_module("simclr").parse_args([*options, "--out", there_is_none])
+    data = common.load_dataset(chosen.dataset, chosen.data_dir, chosen.image_size, chosen.device)
+    data = data._replace(
+        train_images=data.train_images[: args.images], train_labels=data.train_labels[: args.images]
     )
-    print(f"PyTorch {torch.__version__}, {where}, {chosen.backbone}, batches of {n}. images/s:\n")
-    print(f"{'':<10}{'end to end':>12}{'data':>10}{'compute':>10}{'time ratio':>12}{'peak MB':>9}")
+    gpu = chosen.device == "cuda"
+    where = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads"
+    print(f"PyTorch {torch.__version__}, {where}, {chosen.backbone}, batches of", end=" ")
+    print(f"{chosen.batch_size}, bf16 {chosen.bf16}. Images per second:\n")
+    print(f"{'':<10}{'end to end':>12}{'compute':>10}{'time ratio':>12}{'peak MB':>9}")
     for method in args.methods:
-        functions = prepare(method, data.train_images, data, options)
-        whole, views, compute = medians(device, functions, args.rounds)
-        print(
-            f"{method:<10}{n / whole:>12,.0f}{n / views:>10,.0f}{n / compute:>10,.0f}"
-            f"{whole / compute:>12.2f}{peak_memory(device):>9,.0f}",
-            flush=True,
-        )
-    print("\ntime ratio: end to end / compute. peak MB: of the process so far, or of the GPU.")
+        whole, compute = [], []
+        for _ in range(args.rounds):
+            whole += epochs(method, data, options, augment=True)
+            compute += epochs(method, data, options, augment=False)
+        whole, compute = statistics.median(whole), statistics.median(compute)
+        ratio, memory = compute / whole, peak_memory(chosen.device)
+        print(f"{method:<10}{whole:>12,.0f}{compute:>10,.0f}{ratio:>12.2f}{memory:>9,.0f}")
+    print("\ntime ratio: of an epoch end to end to one of compute. peak MB: so far.")
 
-    method, total = args.methods[0], len(data.train_images)
-    sizes = [size for size in (64, 128, 256, 512, 1024, 2048) if size <= total]
-    functions = [
-        prepare(method, data.train_images, data, [*options, "--batch-size", str(size)])[0]
-        for size in sizes
-    ]
-    times = medians(device, functions, args.rounds // 2)
-    print(f"\n{method}, by batch size:        " + "".join(f"{size:>9,}" for size in sizes))
-    cells = (f"{1e6 * t / size:>9.0f}" for t, size in zip(times, sizes, strict=True))
-    print("microseconds per image:     " + "".join(cells), flush=True)
-
-    sets = [
-        data.train_images[: total // 10],
-        data.train_images,
-        data.train_images.repeat(5, 1, 1, 1),
-    ]
-    functions = [prepare(method, images, data, options)[0] for images in sets]
-    times = medians(device, functions, args.rounds // 2)
-    print(f"\n{method}, by training images:   " + "".join(f"{len(x):>9,}" for x in sets))
-    print("microseconds per image:     " + "".join(f"{1e6 * t / n:>9.0f}" for t in times))
+    print(f"\n{args.methods[0]}, by batch size:")
+    for size in (64, 128, 256, 512):
+        found = epochs(args.methods[0], data, [*options, "--batch-size", str(size)], augment=True)
+        print(f"{size:>10}{statistics.median(found):>12,.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from conftest import METHODS, ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / f"{name}.py" for name in (*METHODS, "linear_eval")]
-COMMAND = re.compile(r"^ *(?:python3? )([a-z_/]+\.py)(?: +([^#`\n]*))?", re.MULTILINE)
+COMMAND = re.compile(r"^ *(?:python3? )([a-z_/]+\.py)(?: +([^#`&\n]*))?", re.MULTILINE)
 COMMANDS = sorted({(p.name, *m.groups()) for p in PAGES for m in COMMAND.finditer(p.read_text())})
 
 
@@ -17,11 +17,15 @@ def test_commands_are_found():
 
 
 @pytest.mark.parametrize("page, script, options", COMMANDS)
-def test_command_is_accepted(page, script, options):
+def test_command_is_accepted(page, script, options, tmp_path, monkeypatch):
     assert (ROOT / script).is_file(), f"{page} runs {script}"
     if script.startswith("tests/"):
         return
-    __import__(script.removesuffix(".py")).parse_args(shlex.split(options or ""))
+    module, options = __import__(script.removesuffix(".py")), shlex.split(options or "")
+    monkeypatch.chdir(tmp_path)
+    if "--resume" in options:  # there must be something to resume
+        (tmp_path / module.parse_args([o for o in options if o != "--resume"]).out).touch()
+    module.parse_args(options)
 
 
 def test_links_lead_somewhere():
