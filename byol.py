@@ -3,7 +3,7 @@
 Two networks see two random views of an image. The online network learns to predict what the target
 network makes of the other view. The target is not trained: it is a running average of the online
 network. So it changes slowly enough to be predicted, and still improves as the online network does.
-To map all images to one point would be a perfect solution, since nothing pushes images apart. Two
+Mapping all images to one point would be a perfect solution, as nothing pushes images apart. Two
 things keep training away from it: only the online network has a predictor, and no gradient flows
 into the target. Why they suffice is not fully understood.
 
@@ -11,7 +11,7 @@ into the target. Why they suffice is not fully understood.
     python linear_eval.py --weights byol.pt   # TODO
 
 N images in a batch, D dimensions of an embedding. x is a view, h = backbone(x) its features,
-z = projector(h), p = predictor(z), and t = target(x) is what the target network has for z.
+z = projector(h), p = predictor(z), and t = target(x) is the target network's z.
 
 Unlike the paper: SGD with weight decay 5e-4 on all weights, not LARS, which is for batches of
 thousands; smaller heads; tau starts at 0.99, as runs are short; crops of at least 0.3 of the area
@@ -36,10 +36,10 @@ from tqdm import tqdm
 
 from common import BACKBONES, DATASETS, DataError, build_backbone, load_dataset
 
-# area: of a crop; 1 is all. mirror, grayscale: probabilities.
+# area: of a crop, as a fraction. mirror, grayscale: probabilities.
 # jitter: largest change of brightness, contrast, saturation, hue.
 VIEW_1 = dict(area=(0.3, 1), mirror=0.5, jitter=(0.4, 0.4, 0.2, 0.1), grayscale=0.2)
-VIEW_2 = VIEW_1 | dict(solarize=0.2)  # the only difference (appendix B)
+VIEW_2 = VIEW_1 | dict(solarize=0.2)  # of the second view only (appendix B)
 
 
 class BYOL(nn.Module):
@@ -65,8 +65,8 @@ class BYOL(nn.Module):
 
     def forward(self, x1, x2):
         """Return predictions p1, p2 and targets t1, t2 (N, D) of two views (N, C, H, W)."""
-        p1 = self.predictor(self.projector(self.backbone(x1)))
-        p2 = self.predictor(self.projector(self.backbone(x2)))
+        z1, z2 = self.projector(self.backbone(x1)), self.projector(self.backbone(x2))
+        p1, p2 = self.predictor(z1), self.predictor(z2)
         with torch.no_grad():  # stop-gradient: a target must not move to meet its prediction
             t1, t2 = self.target(x1), self.target(x2)
         return p1.float(), p2.float(), t1.float(), t2.float()
@@ -107,16 +107,16 @@ def train(args):
     replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     for epoch in range(len(metrics), args.epochs):
-        seed = 10_000 * args.seed + epoch  # --resume draws the same
+        seed = 10_000 * args.seed + epoch  # so --resume repeats the draws
         torch.manual_seed(seed)
         order = torch.randperm(len(images), device=args.device)  # the same in all processes
-        torch.manual_seed(seed + 1_000_000 * (rank + 1))  # the views are not
+        torch.manual_seed(seed + 1_000_000 * (rank + 1))  # the views differ
         batches = order.split(args.batch_size)[:steps_per_epoch]
         bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=rank > 0 or None)
         sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
 
         for step, batch in enumerate(bar, start=epoch * steps_per_epoch):
-            # The rate rises in a line for a tenth of the run, then falls along half a cosine.
+            # The rate rises linearly for a tenth of the run, then falls along half a cosine.
             rise = min(1, 10 * (step + 1) / total_steps)
             fall = max(0, step / total_steps - 0.1) / 0.9
             for group in optimizer.param_groups:
@@ -127,12 +127,12 @@ def train(args):
             x2 = normalize(augment(x, **VIEW_2), data.mean, data.std)
             with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
                 p1, p2, t1, t2 = replica(x1, x2)
-            loss = regression_loss(p1, t2) + regression_loss(p2, t1)  # each predicts the other
+            loss = regression_loss(p1, t2) + regression_loss(p2, t1)  # both ways
 
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            # tau rises to 1 along half a cosine (section 3.2).
+            # tau rises to 1 along half a cosine (section 3.3).
             tau = 1 - (1 - args.tau) * (1 + math.cos(math.pi * step / total_steps)) / 2
             model.update_target(tau)
 
@@ -155,7 +155,7 @@ def train(args):
 
 
 def augment(x, area, mirror, jitter, grayscale, solarize=0.0):
-    """Return a view of each image of x (N, C, H, W), 0 to 1. Each image draws its own."""
+    """Return a random view of each image of x (N, C, H, W), values 0 to 1."""
 
     def uniform(low, high):  # one number for each image
         return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
@@ -168,7 +168,7 @@ def augment(x, area, mirror, jitter, grayscale, solarize=0.0):
     y = torch.lerp(mean, y, uniform(1 - contrast, 1 + contrast)).clamp(0, 1)
     y = torch.lerp(rgb_to_grayscale(y), y, uniform(1 - saturation, 1 + saturation)).clamp(0, 1)
     y = turn_hue(y, uniform(-hue, hue)).clamp(0, 1)
-    x = torch.where(uniform(0, 1) < 0.8, y, x)  # one image in five keeps its colours
+    x = torch.where(uniform(0, 1) < 0.8, y, x)  # one in five skips the jitter
     x = torch.where(uniform(0, 1) < grayscale, rgb_to_grayscale(x), x)
     return torch.where((uniform(0, 1) < solarize) & (x >= 0.5), 1 - x, x)
 
@@ -194,7 +194,7 @@ def turn_hue(x, turn):
 
 
 def spread(z):
-    """Return z_std of z (N, D): 1 for random directions, 0 for a point. It overlooks a line."""
+    """Return z_std of z (N, D): 1 for random directions, 0 for one, near 1 also for v and -v."""
     return F.normalize(z.detach(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 
@@ -202,13 +202,13 @@ def spread(z):
 def knn_accuracy(backbone, data, k=20):
     """Return the accuracy in percent of a vote of k neighbours. No test image is used."""
     labelled = (data.train_labels >= 0).nonzero().flatten()
-    torch.manual_seed(0)  # the same images each time: a fifth ask, the rest vote
+    torch.manual_seed(0)  # the same images each time: a fifth are queries, the rest vote
     some = labelled[torch.randperm(len(labelled), device=labelled.device)[:25_000]]
     images, labels, n = data.train_images[some], data.train_labels[some], len(some) // 5
     backbone.eval()  # BatchNorm uses its running statistics
     h = [backbone(normalize(x / 255, data.mean, data.std)) for x in images.split(500)]
     backbone.train()
-    h = F.normalize(torch.cat(h), dim=1)  # (5n, F)
+    h = F.normalize(torch.cat(h), dim=1)  # (images, features)
     nearest = (h[:n] @ h[n:].T).topk(min(k, len(h) - n), dim=1).indices  # (n, k)
     votes = labels[n:][nearest].mode(dim=1).values
     return 100 * (votes == labels[:n]).float().mean().item()
@@ -230,7 +230,7 @@ def join_processes(args):
 
 
 def save(args, model, optimizer, metrics):
-    """Write a checkpoint, then rename it, so that a kill leaves a whole one."""
+    """Write a checkpoint, then rename it, so that a kill spares the old one."""
     checkpoint = dict(args=vars(args), code=CODE, metrics=metrics)
     checkpoint |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
@@ -283,10 +283,10 @@ def parse_args(argv=None):
     return args
 
 
-CODE = Path(__file__).read_text()  # for the checkpoint
+CODE = Path(__file__).read_text()  # saved as a record
 
 if __name__ == "__main__":
     try:
         train(parse_args())
     except (DataError, KeyboardInterrupt) as error:
-        sys.exit(str(error) or "stopped: add --resume to go on from --out")
+        sys.exit(str(error) or "stopped: if --out exists, --resume goes on")

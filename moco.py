@@ -3,16 +3,16 @@ arxiv.org/abs/2003.04297).
 
 A query, made from one view of an image, must find the key made from the other view among thousands
 of keys of other images, the negatives. A queue keeps these from earlier batches. Old and new keys
-can be compared because their encoder changes slowly: it is a running average of that of queries.
+can be compared because the key encoder, a running average of the query encoder, changes slowly.
 
     python moco.py --epochs 10                # TODO
     python linear_eval.py --weights moco.pt   # TODO
 
 N images in a batch, D dimensions, K keys in the queue, q a query, k its key.
 
-Unlike the papers: K 4,096, momentum 0.99, a smaller head, warm-up, milder crops and no blur, since
-runs are short and images small; BatchNorm not shuffled between GPUs; colours change in a
-fixed order, and hue by rotating RGB.
+Unlike the papers: K 4,096, momentum 0.99, a smaller head, warm-up, more weight decay, crops of 0.3
+or more and no blur, since runs are short and images small; batches not shuffled for BatchNorm;
+colours change in a fixed order, and hue by rotating RGB.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from common import BACKBONES, DATASETS, DataError, build_backbone, load_dataset
 
-# area: of a crop; 1 is all. mirror, grayscale: probabilities.
+# area: of a crop, as a fraction. mirror, grayscale: probabilities.
 # jitter: largest change of brightness, contrast, saturation, hue.
 VIEW_1 = dict(area=(0.3, 1), mirror=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
 VIEW_2 = VIEW_1
@@ -58,7 +58,7 @@ class MoCo(nn.Module):
     def forward(self, x1, x2):
         """Return queries q of x1 and keys k of x2 (N, D), for two views (N, C, H, W)."""
         q = self.projector(self.backbone(x1))
-        with torch.no_grad():  # stop-gradient: only the query learns
+        with torch.no_grad():  # stop-gradient: only the query encoder learns
             k = self.key_encoder(x2)
         return F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
 
@@ -66,7 +66,7 @@ class MoCo(nn.Module):
     def update_key_encoder(self, momentum):
         """theta_k = m * theta_k + (1 - m) * theta_q (Eq. 2)."""
         encoder = nn.Sequential(self.backbone, self.projector)
-        # Weights only: BatchNorm's running statistics come from its own batches.
+        # Weights only: BatchNorm's running statistics come from its own keys.
         for k, q in zip(self.key_encoder.parameters(), encoder.parameters(), strict=True):
             k.lerp_(q, 1 - momentum)
 
@@ -81,9 +81,9 @@ class MoCo(nn.Module):
 
 
 def info_nce(q, k, queue, temperature):
-    """Return the cross-entropy of finding key k of query q before those of the queue (Eq. 1).
+    """Return the cross-entropy of picking, for query q, key k out of k and the queue (Eq. 1).
 
-    q, k: (N, D), queue: (K, D), rows of length 1. Equally near keys give log(K + 1).
+    q, k: (N, D), queue: (K, D), rows of length 1. If all keys fit equally: log(K + 1).
     """
     positive = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
     logits = torch.cat([positive, q @ queue.T], dim=1) / temperature  # (N, 1 + K)
@@ -113,16 +113,16 @@ def train(args):
     replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     for epoch in range(len(metrics), args.epochs):
-        seed = 10_000 * args.seed + epoch  # --resume draws the same
+        seed = 10_000 * args.seed + epoch  # so --resume repeats the draws
         torch.manual_seed(seed)
         order = torch.randperm(len(images), device=args.device)  # the same in all processes
-        torch.manual_seed(seed + 1_000_000 * (rank + 1))  # the views are not
+        torch.manual_seed(seed + 1_000_000 * (rank + 1))  # the views differ
         batches = order.split(args.batch_size)[:steps_per_epoch]
         bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=rank > 0 or None)
         sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
 
         for step, batch in enumerate(bar, start=epoch * steps_per_epoch):
-            # The rate rises in a line for a tenth of the run, then falls along half a cosine.
+            # The rate rises linearly for a tenth of the run, then falls along half a cosine.
             rise = min(1, 10 * (step + 1) / total_steps)
             fall = max(0, step / total_steps - 0.1) / 0.9
             for group in optimizer.param_groups:
@@ -139,7 +139,7 @@ def train(args):
             loss.backward()
             optimizer.step()
             model.update_key_encoder(args.momentum)
-            model.enqueue(k)  # last: a key must not be a negative of its own image
+            model.enqueue(k)  # last, so that k is not its own negative
 
             sums += torch.stack([loss.detach(), spread(q)])
             if step % 20 == 0 and not bar.disable:  # rarely: it waits for the GPU
@@ -160,7 +160,7 @@ def train(args):
 
 
 def augment(x, area, mirror, jitter, grayscale, solarize=0.0):
-    """Return a view of each image of x (N, C, H, W), 0 to 1. Each image draws its own."""
+    """Return a random view of each image of x (N, C, H, W), values 0 to 1."""
 
     def uniform(low, high):  # one number for each image
         return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
@@ -173,7 +173,7 @@ def augment(x, area, mirror, jitter, grayscale, solarize=0.0):
     y = torch.lerp(mean, y, uniform(1 - contrast, 1 + contrast)).clamp(0, 1)
     y = torch.lerp(rgb_to_grayscale(y), y, uniform(1 - saturation, 1 + saturation)).clamp(0, 1)
     y = turn_hue(y, uniform(-hue, hue)).clamp(0, 1)
-    x = torch.where(uniform(0, 1) < 0.8, y, x)  # one image in five keeps its colours
+    x = torch.where(uniform(0, 1) < 0.8, y, x)  # one in five skips the jitter
     x = torch.where(uniform(0, 1) < grayscale, rgb_to_grayscale(x), x)
     return torch.where((uniform(0, 1) < solarize) & (x >= 0.5), 1 - x, x)
 
@@ -199,7 +199,7 @@ def turn_hue(x, turn):
 
 
 def spread(z):
-    """Return z_std of z (N, D): 1 for random directions, 0 for a point. It overlooks a line."""
+    """Return z_std of z (N, D): 1 for random directions, 0 for one, near 1 also for v and -v."""
     return F.normalize(z.detach(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 
@@ -207,13 +207,13 @@ def spread(z):
 def knn_accuracy(backbone, data, k=20):
     """Return the accuracy in percent of a vote of k neighbours. No test image is used."""
     labelled = (data.train_labels >= 0).nonzero().flatten()
-    torch.manual_seed(0)  # the same images each time: a fifth ask, the rest vote
+    torch.manual_seed(0)  # the same images each time: a fifth are queries, the rest vote
     some = labelled[torch.randperm(len(labelled), device=labelled.device)[:25_000]]
     images, labels, n = data.train_images[some], data.train_labels[some], len(some) // 5
     backbone.eval()  # BatchNorm uses its running statistics
     h = [backbone(normalize(x / 255, data.mean, data.std)) for x in images.split(500)]
     backbone.train()
-    h = F.normalize(torch.cat(h), dim=1)  # (5n, F)
+    h = F.normalize(torch.cat(h), dim=1)  # (images, features)
     nearest = (h[:n] @ h[n:].T).topk(min(k, len(h) - n), dim=1).indices  # (n, k)
     votes = labels[n:][nearest].mode(dim=1).values
     return 100 * (votes == labels[:n]).float().mean().item()
@@ -235,7 +235,7 @@ def join_processes(args):
 
 
 def save(args, model, optimizer, metrics):
-    """Write a checkpoint, then rename it, so that a kill leaves a whole one."""
+    """Write a checkpoint, then rename it, so that a kill spares the old one."""
     checkpoint = dict(args=vars(args), code=CODE, metrics=metrics)
     checkpoint |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
@@ -262,9 +262,9 @@ def parse_args(argv=None):
     option, devices = parser.add_argument, ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
     option("--hidden-dim", type=int, default=512, help="of the projector; paper: 2048")
     option("--projection-dim", type=int, default=128, help="D")
-    option("--queue-size", type=int, default=4096, help="K, up to the images; paper: 65536")
+    option("--queue-size", type=int, default=4096, help="K; at most the images; paper: 65536")
     option("--momentum", type=float, default=0.99, help="of the key encoder; paper: 0.999")
-    option("--temperature", type=float, default=0.2, help="tau of Eq. 1")
+    option("--temperature", type=float, default=0.2, help="of Eq. 1")
     option("--lr", type=float, default=0.15, help="peak rate per 256 images")
     option("--epochs", type=int, default=100)
     option("--batch-size", type=int, default=128, help="of all processes")
@@ -290,10 +290,10 @@ def parse_args(argv=None):
     return args
 
 
-CODE = Path(__file__).read_text()  # for the checkpoint
+CODE = Path(__file__).read_text()  # saved as a record
 
 if __name__ == "__main__":
     try:
         train(parse_args())
     except (DataError, KeyboardInterrupt) as error:
-        sys.exit(str(error) or "stopped: add --resume to go on from --out")
+        sys.exit(str(error) or "stopped: if --out exists, --resume goes on")

@@ -1,16 +1,17 @@
 """SimCLR: A Simple Framework for Contrastive Learning of Visual Representations (Chen et al. 2020,
 arxiv.org/abs/2002.05709).
 
-Draw two random views of each image of a batch. Among all other views of the batch, a view must find
-the one that shows the same image; the rest, the negatives, show other images. So the network learns
-to give both views of an image similar embeddings, and different ones to different images. What the
-views share is what the image shows, and that is what the embeddings keep.
+Draw two random views of each image of a batch. For each view, the network must pick the one that
+shows the same image among all other views of the batch, by the similarity of their embeddings. The
+rest, the negatives, show other images. So the two views of an image get similar embeddings, and
+different images get different ones. What the two views have in common is what the image shows.
 
     python simclr.py --epochs 10                # TODO
     python linear_eval.py --weights simclr.pt   # TODO
 
 N images in a batch, D dimensions of an embedding. x is a view, h = backbone(x) its features and
-z = projector(h) its embedding. linear_eval.py evaluates h, since z forgets colour and place.
+z = projector(h) its embedding. linear_eval.py evaluates h: z drops more of what differs between
+views, such as colour.
 
 Unlike the paper: SGD with weight decay 5e-4 on all weights, not LARS, which is for batches of
 thousands; a smaller head; crops of at least 0.3 of the area and no blur, as images are small; a
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 from common import BACKBONES, DATASETS, DataError, build_backbone, load_dataset
 
-# area: of a crop; 1 is all. mirror, grayscale: probabilities.
+# area: of a crop, as a fraction. mirror, grayscale: probabilities.
 # jitter: largest change of brightness, contrast, saturation, hue.
 VIEW_1 = dict(area=(0.3, 1), mirror=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
 VIEW_2 = VIEW_1
@@ -55,14 +56,14 @@ class SimCLR(nn.Module):
 
     def forward(self, x1, x2):
         """Return the embeddings z1, z2 (N, D) of two views (N, C, H, W)."""
-        h = self.backbone(torch.cat([x1, x2]))  # (2N, F): BatchNorm sees all views at once
+        h = self.backbone(torch.cat([x1, x2]))  # (2N, features): BatchNorm sees all views at once
         return self.projector(h).float().chunk(2)
 
 
 def nt_xent(z1, z2, temperature):
     """Return the cross-entropy of finding a view's partner among the 2N - 1 other views (Eq. 1).
 
-    z1, z2: (N, D), row i of both from image i. If all rows are equal, it is log(2N - 1).
+    z1, z2: (N, D), row i of both from image i. Equal rows give log(2N - 1).
     """
     z = F.normalize(torch.cat([z1, z2]), dim=1)  # (2N, D)
     logits = z @ z.T / temperature  # (2N, 2N)
@@ -103,16 +104,16 @@ def train(args):
     replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     for epoch in range(len(metrics), args.epochs):
-        seed = 10_000 * args.seed + epoch  # --resume draws the same
+        seed = 10_000 * args.seed + epoch  # so --resume repeats the draws
         torch.manual_seed(seed)
         order = torch.randperm(len(images), device=args.device)  # the same in all processes
-        torch.manual_seed(seed + 1_000_000 * (rank + 1))  # the views are not
+        torch.manual_seed(seed + 1_000_000 * (rank + 1))  # the views differ
         batches = order.split(args.batch_size)[:steps_per_epoch]
         bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=rank > 0 or None)
         sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
 
         for step, batch in enumerate(bar, start=epoch * steps_per_epoch):
-            # The rate rises in a line for a tenth of the run, then falls along half a cosine.
+            # The rate rises linearly for a tenth of the run, then falls along half a cosine.
             rise = min(1, 10 * (step + 1) / total_steps)
             fall = max(0, step / total_steps - 0.1) / 0.9
             for group in optimizer.param_groups:
@@ -126,7 +127,7 @@ def train(args):
             loss = nt_xent(gather(z1), gather(z2), args.temperature)
 
             optimizer.zero_grad()
-            (world * loss).backward()  # processes have parts of the gradient: sum, not mean
+            (world * loss).backward()  # DDP takes the mean over processes; we need the sum
             optimizer.step()
 
             sums += torch.stack([loss.detach(), spread(z1)])
@@ -148,7 +149,7 @@ def train(args):
 
 
 def augment(x, area, mirror, jitter, grayscale, solarize=0.0):
-    """Return a view of each image of x (N, C, H, W), 0 to 1. Each image draws its own."""
+    """Return a random view of each image of x (N, C, H, W), values 0 to 1."""
 
     def uniform(low, high):  # one number for each image
         return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
@@ -161,7 +162,7 @@ def augment(x, area, mirror, jitter, grayscale, solarize=0.0):
     y = torch.lerp(mean, y, uniform(1 - contrast, 1 + contrast)).clamp(0, 1)
     y = torch.lerp(rgb_to_grayscale(y), y, uniform(1 - saturation, 1 + saturation)).clamp(0, 1)
     y = turn_hue(y, uniform(-hue, hue)).clamp(0, 1)
-    x = torch.where(uniform(0, 1) < 0.8, y, x)  # one image in five keeps its colours
+    x = torch.where(uniform(0, 1) < 0.8, y, x)  # one in five skips the jitter
     x = torch.where(uniform(0, 1) < grayscale, rgb_to_grayscale(x), x)
     return torch.where((uniform(0, 1) < solarize) & (x >= 0.5), 1 - x, x)
 
@@ -187,7 +188,7 @@ def turn_hue(x, turn):
 
 
 def spread(z):
-    """Return z_std of z (N, D): 1 for random directions, 0 for a point. It overlooks a line."""
+    """Return z_std of z (N, D): 1 for random directions, 0 for one, near 1 also for v and -v."""
     return F.normalize(z.detach(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 
@@ -195,13 +196,13 @@ def spread(z):
 def knn_accuracy(backbone, data, k=20):
     """Return the accuracy in percent of a vote of k neighbours. No test image is used."""
     labelled = (data.train_labels >= 0).nonzero().flatten()
-    torch.manual_seed(0)  # the same images each time: a fifth ask, the rest vote
+    torch.manual_seed(0)  # the same images each time: a fifth are queries, the rest vote
     some = labelled[torch.randperm(len(labelled), device=labelled.device)[:25_000]]
     images, labels, n = data.train_images[some], data.train_labels[some], len(some) // 5
     backbone.eval()  # BatchNorm uses its running statistics
     h = [backbone(normalize(x / 255, data.mean, data.std)) for x in images.split(500)]
     backbone.train()
-    h = F.normalize(torch.cat(h), dim=1)  # (5n, F)
+    h = F.normalize(torch.cat(h), dim=1)  # (images, features)
     nearest = (h[:n] @ h[n:].T).topk(min(k, len(h) - n), dim=1).indices  # (n, k)
     votes = labels[n:][nearest].mode(dim=1).values
     return 100 * (votes == labels[:n]).float().mean().item()
@@ -223,7 +224,7 @@ def join_processes(args):
 
 
 def save(args, model, optimizer, metrics):
-    """Write a checkpoint, then rename it, so that a kill leaves a whole one."""
+    """Write a checkpoint, then rename it, so that a kill spares the old one."""
     checkpoint = dict(args=vars(args), code=CODE, metrics=metrics)
     checkpoint |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +251,7 @@ def parse_args(argv=None):
     option, devices = parser.add_argument, ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
     option("--hidden-dim", type=int, default=512, help="of the projector; paper: 2048")
     option("--projection-dim", type=int, default=128, help="D")
-    option("--temperature", type=float, default=0.2, help="tau of Eq. 1")
+    option("--temperature", type=float, default=0.2, help="of Eq. 1")
     option("--lr", type=float, default=0.25, help="peak rate per 256 images")
     option("--epochs", type=int, default=100)
     option("--batch-size", type=int, default=128, help="of all processes")
@@ -276,10 +277,10 @@ def parse_args(argv=None):
     return args
 
 
-CODE = Path(__file__).read_text()  # for the checkpoint
+CODE = Path(__file__).read_text()  # saved as a record
 
 if __name__ == "__main__":
     try:
         train(parse_args())
     except (DataError, KeyboardInterrupt) as error:
-        sys.exit(str(error) or "stopped: add --resume to go on from --out")
+        sys.exit(str(error) or "stopped: if --out exists, --resume goes on")

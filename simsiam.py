@@ -1,11 +1,11 @@
 """SimSiam: Exploring Simple Siamese Representation Learning (Chen and He 2020,
 arxiv.org/abs/2011.10566).
 
-One network sees two random views of an image. From its embedding of one view, a predictor guesses
-its embedding of the other. Only the guess is trained to agree: no gradient flows into what is
-guessed. There are no negatives, no queue and no averaged network. If all embeddings were equal, the
-guess would be perfect; the predictor and the stop-gradient keep training away from that. Why is not
-settled: section 5 of the paper explains it as two problems solved in turns, like k-means.
+One network sees two random views of an image. From its embedding of one view, a predictor predicts
+its embedding of the other. Only the prediction is trained to agree: no gradient flows into what is
+predicted. There are no negatives, no queue and no averaged network. If all embeddings were equal,
+the prediction would be perfect; predictor and stop-gradient keep training away from that. Why they
+do is not settled: section 5 of the paper sees two problems solved alternately, as in k-means.
 
     python simsiam.py --epochs 10                # TODO
     python linear_eval.py --weights simsiam.pt   # TODO
@@ -13,9 +13,9 @@ settled: section 5 of the paper explains it as two problems solved in turns, lik
 N images in a batch, D dimensions of an embedding. x is a view, h = backbone(x) its features,
 z = projector(h), p = predictor(z). (The paper calls projector and backbone f, the predictor h.)
 
-Unlike the paper: smaller heads, with two layers in the projector as on CIFAR-10; warm-up; crops of
-at least 0.3 of the area and no blur, as images are small; a fixed order of colour changes, and hue
-by rotating RGB.
+Unlike the paper: smaller heads; two layers in the projector and weight decay 5e-4, as its CIFAR-10
+runs have; warm-up; crops of at least 0.3 of the area and no blur, as images are small; a fixed
+order of colour changes, and hue by rotating RGB.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from common import BACKBONES, DATASETS, DataError, build_backbone, load_dataset
 
-# area: of a crop; 1 is all. mirror, grayscale: probabilities.
+# area: of a crop, as a fraction. mirror, grayscale: probabilities.
 # jitter: largest change of brightness, contrast, saturation, hue.
 VIEW_1 = dict(area=(0.3, 1), mirror=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
 VIEW_2 = VIEW_1
@@ -52,7 +52,7 @@ class SimSiam(nn.Module):
             nn.BatchNorm1d(projection_dim),
             nn.ReLU(inplace=True),
             nn.Linear(projection_dim, projection_dim, bias=False),
-            nn.BatchNorm1d(projection_dim, affine=False),  # no scale, no shift: the authors' code
+            nn.BatchNorm1d(projection_dim, affine=False),  # no scale or shift, as the authors
         )
         self.predictor = nn.Sequential(
             nn.Linear(projection_dim, bottleneck_dim, bias=False),
@@ -70,7 +70,7 @@ class SimSiam(nn.Module):
 
 def negative_cosine(p, z):
     """Return the mean of -cos(p, z) over the rows of p and z, (N, D): -1 to 1 (Eq. 1)."""
-    z = z.detach()  # stop-gradient: what is guessed must not move to meet the guess (Eq. 3)
+    z = z.detach()  # stop-gradient: a target must not move to meet its prediction (Eq. 3)
     return -F.cosine_similarity(p, z, dim=1).mean()
 
 
@@ -89,7 +89,7 @@ def train(args):
     backbone = build_backbone(args.backbone, images.shape[1], images.shape[3])
     model = SimSiam(backbone, args.projection_dim, args.bottleneck_dim).to(args.device)
     peak_lr = args.lr * args.batch_size / 256
-    # z changes until the end, and the predictor must keep up: its rate does not fall (4.2).
+    # z changes until the end, so the rate of the predictor rises but does not fall (4.2).
     groups = [
         dict(params=[*model.backbone.parameters(), *model.projector.parameters()], falls=True),
         dict(params=model.predictor.parameters(), falls=False),
@@ -101,16 +101,16 @@ def train(args):
     replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     for epoch in range(len(metrics), args.epochs):
-        seed = 10_000 * args.seed + epoch  # --resume draws the same
+        seed = 10_000 * args.seed + epoch  # so --resume repeats the draws
         torch.manual_seed(seed)
         order = torch.randperm(len(images), device=args.device)  # the same in all processes
-        torch.manual_seed(seed + 1_000_000 * (rank + 1))  # the views are not
+        torch.manual_seed(seed + 1_000_000 * (rank + 1))  # the views differ
         batches = order.split(args.batch_size)[:steps_per_epoch]
         bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=rank > 0 or None)
         sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
 
         for step, batch in enumerate(bar, start=epoch * steps_per_epoch):
-            # The rate rises in a line for a tenth of the run, then falls along half a cosine.
+            # The rate rises linearly for a tenth of the run, then falls along half a cosine.
             rise = min(1, 10 * (step + 1) / total_steps)
             fall = max(0, step / total_steps - 0.1) / 0.9
             for group in optimizer.param_groups:
@@ -122,7 +122,7 @@ def train(args):
             x2 = normalize(augment(x, **VIEW_2), data.mean, data.std)
             with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
                 p1, p2, z1, z2 = replica(x1, x2)
-            loss = (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2  # each guesses the other
+            loss = (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2  # both ways
 
             optimizer.zero_grad()
             loss.backward()
@@ -147,7 +147,7 @@ def train(args):
 
 
 def augment(x, area, mirror, jitter, grayscale, solarize=0.0):
-    """Return a view of each image of x (N, C, H, W), 0 to 1. Each image draws its own."""
+    """Return a random view of each image of x (N, C, H, W), values 0 to 1."""
 
     def uniform(low, high):  # one number for each image
         return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
@@ -160,7 +160,7 @@ def augment(x, area, mirror, jitter, grayscale, solarize=0.0):
     y = torch.lerp(mean, y, uniform(1 - contrast, 1 + contrast)).clamp(0, 1)
     y = torch.lerp(rgb_to_grayscale(y), y, uniform(1 - saturation, 1 + saturation)).clamp(0, 1)
     y = turn_hue(y, uniform(-hue, hue)).clamp(0, 1)
-    x = torch.where(uniform(0, 1) < 0.8, y, x)  # one image in five keeps its colours
+    x = torch.where(uniform(0, 1) < 0.8, y, x)  # one in five skips the jitter
     x = torch.where(uniform(0, 1) < grayscale, rgb_to_grayscale(x), x)
     return torch.where((uniform(0, 1) < solarize) & (x >= 0.5), 1 - x, x)
 
@@ -186,7 +186,7 @@ def turn_hue(x, turn):
 
 
 def spread(z):
-    """Return z_std of z (N, D): 1 for random directions, 0 for a point. It overlooks a line."""
+    """Return z_std of z (N, D): 1 for random directions, 0 for one, near 1 also for v and -v."""
     return F.normalize(z.detach(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 
@@ -194,13 +194,13 @@ def spread(z):
 def knn_accuracy(backbone, data, k=20):
     """Return the accuracy in percent of a vote of k neighbours. No test image is used."""
     labelled = (data.train_labels >= 0).nonzero().flatten()
-    torch.manual_seed(0)  # the same images each time: a fifth ask, the rest vote
+    torch.manual_seed(0)  # the same images each time: a fifth are queries, the rest vote
     some = labelled[torch.randperm(len(labelled), device=labelled.device)[:25_000]]
     images, labels, n = data.train_images[some], data.train_labels[some], len(some) // 5
     backbone.eval()  # BatchNorm uses its running statistics
     h = [backbone(normalize(x / 255, data.mean, data.std)) for x in images.split(500)]
     backbone.train()
-    h = F.normalize(torch.cat(h), dim=1)  # (5n, F)
+    h = F.normalize(torch.cat(h), dim=1)  # (images, features)
     nearest = (h[:n] @ h[n:].T).topk(min(k, len(h) - n), dim=1).indices  # (n, k)
     votes = labels[n:][nearest].mode(dim=1).values
     return 100 * (votes == labels[:n]).float().mean().item()
@@ -222,7 +222,7 @@ def join_processes(args):
 
 
 def save(args, model, optimizer, metrics):
-    """Write a checkpoint, then rename it, so that a kill leaves a whole one."""
+    """Write a checkpoint, then rename it, so that a kill spares the old one."""
     checkpoint = dict(args=vars(args), code=CODE, metrics=metrics)
     checkpoint |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
@@ -274,10 +274,10 @@ def parse_args(argv=None):
     return args
 
 
-CODE = Path(__file__).read_text()  # for the checkpoint
+CODE = Path(__file__).read_text()  # saved as a record
 
 if __name__ == "__main__":
     try:
         train(parse_args())
     except (DataError, KeyboardInterrupt) as error:
-        sys.exit(str(error) or "stopped: add --resume to go on from --out")
+        sys.exit(str(error) or "stopped: if --out exists, --resume goes on")

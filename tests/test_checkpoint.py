@@ -1,7 +1,7 @@
 """Checkpoints, --resume, kills, Ctrl-C, and everything that is refused in one line."""
 
 import importlib
-import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -11,7 +11,7 @@ import byol
 import pytest
 import simsiam
 import torch
-from conftest import METHODS, ROOT, call, train, write_fashion_mnist
+from conftest import METHODS, ROOT, train, write_fashion_mnist
 
 
 def load(path):
@@ -159,10 +159,10 @@ def test_a_folder_for_the_checkpoint_is_made(tiny, tmp_path):
 
 
 def test_killed_runs_end_as_if_never_killed():
-    command = [sys.executable, ROOT / "tests" / "kill.py", "--kills", "3"]
+    command = [sys.executable, ROOT / "tests" / "kill.py", "--kills", "2", "--methods", "moco"]
     process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests")
     assert process.returncode == 0, process.stderr
-    assert "3 kills at random moments, 4 at moves of files: all the same" in process.stdout
+    assert "2 kills at random moments, 2 at moves of files: all the same" in process.stdout
 
 
 def test_ctrl_c_says_how_to_go_on(tiny, tmp_path):
@@ -205,17 +205,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_good_checkpoint(
     assert (tmp_path / f"{name}.pt").read_bytes() == before
 
 
-def test_a_bug_keeps_its_traceback(tiny, tmp_path):
+def test_a_bug_keeps_its_traceback(tiny, tmp_path, monkeypatch):
     """A learner who breaks a line sees where: only errors of data and options are one line."""
     code = (ROOT / "simsiam.py").read_text().replace("p1, p2, z1, z2 = replica", "p1, p2 = replica")
-    for module in ("common.py",):
-        shutil.copy(ROOT / module, tmp_path)
-    (tmp_path / "simsiam.py").write_text(code)
-    options = ["--data-dir", tiny, "--device", "cpu", "--batch-size", "64"]
-    command = [sys.executable, "simsiam.py", *options]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert process.returncode == 1 and "Traceback" in process.stderr
-    assert "ValueError: too many values to unpack" in process.stderr
+    (tmp_path / "broken.py").write_text(code)
+    options = ["--data-dir", str(tiny), "--device", "cpu", "--batch-size", "64"]
+    monkeypatch.setattr(sys, "argv", ["broken.py", *options])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        runpy.run_path("broken.py", run_name="__main__")
 
 
 OPTIONS = [
@@ -273,11 +271,3 @@ def test_images_without_labels_are_trained_on(tiny, tmp_path, monkeypatch):
     argv = ["--data-dir", tiny, "--epochs", "1", "--batch-size", "64", "--device", "cpu"]
     simsiam.train(simsiam.parse_args([*map(str, argv), "--out", str(tmp_path / "a.pt")]))
     assert "knn" not in load(tmp_path / "a.pt")["metrics"][0]
-
-
-def test_help_has_the_first_line_of_the_docstring(tmp_path):
-    for name in METHODS:
-        process = call(tmp_path, f"{name}.py", "--help")
-        first = importlib.import_module(name).__doc__.splitlines()[0].split(" (")[0]
-        assert process.returncode == 0 and first[:30] in process.stdout
-        assert os.listdir(tmp_path) == []

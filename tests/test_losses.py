@@ -132,12 +132,6 @@ def test_info_nce_equals_loops(n, d, size, temperature):
     )
 
 
-def test_negative_cosine_stops_the_gradient():
-    p, z = rows(4, 8), rows(4, 8)
-    simsiam.negative_cosine(p, z).backward()
-    assert z.grad is None and p.grad.abs().sum() > 0
-
-
 def test_closed_forms():
     x = torch.randn(6, 16, dtype=torch.float64)
     assert byol.regression_loss(x, 3 * x).item() == pytest.approx(0, abs=1e-12)
@@ -150,14 +144,6 @@ def test_closed_forms():
 def test_nt_xent_of_equal_embeddings_is_log_of_the_others(n):
     z = torch.ones(n, 5, dtype=torch.float64)
     assert simclr.nt_xent(z, z, 0.2).item() == pytest.approx(math.log(2 * n - 1), abs=1e-12)
-
-
-@pytest.mark.parametrize("n", [2, 3, 8])
-def test_nt_xent_of_orthogonal_images(n):
-    """Pairs aligned, all else at right angles: -log(e^(1/t) / (e^(1/t) + 2N - 2))."""
-    z, t = torch.eye(n, 10, dtype=torch.float64), 0.5
-    expected = -math.log(math.exp(1 / t) / (math.exp(1 / t) + 2 * n - 2))
-    assert simclr.nt_xent(z, 4 * z, t).item() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("size", [1, 5, 100])
@@ -178,16 +164,6 @@ def test_losses_ignore_the_order_of_images():
     ):
         assert loss(a[order], b[order]).item() == pytest.approx(loss(a, b).item(), abs=1e-12)
         assert loss(a[order], b).item() != pytest.approx(loss(a, b).item(), abs=1e-3)
-
-
-def test_losses_of_directions_ignore_length():
-    a, b = torch.randn(2, 7, 8, dtype=torch.float64)
-    for loss in (
-        byol.regression_loss,
-        simsiam.negative_cosine,
-        lambda x, y: simclr.nt_xent(x, y, 0.3),
-    ):
-        assert loss(5 * a, 0.1 * b).item() == pytest.approx(loss(a, b).item(), abs=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
