@@ -79,4 +79,4 @@ def test_simsiam_collapses_without_stop_gradient(fashion_mnist, two_threads, tmp
         _, saved = train_some("simsiam", fashion_mnist, 7_680, out, monkeypatch, **changes)
         rows.append(saved["metrics"][-1])
     assert rows[1]["loss"] < rows[0]["loss"] - 0.1  # it would call the collapse a success
-    assert rows[0]["z_std"] > 0.5 and rows[1]["z_std"] < 0.35
+    assert rows[0]["z_std"] > 0.7 and rows[1]["z_std"] < 0.5  # means over the epoch
