@@ -14,8 +14,8 @@ z = projector(h) its embedding. linear_eval.py evaluates h: z drops more of what
 views, such as colour.
 
 Unlike the paper: SGD with weight decay 5e-4 on all weights, not LARS, which is for batches of
-thousands; a smaller head; crops of at least 0.3 of the area and no blur, as images are small; a
-fixed order of colour changes, and hue by rotating RGB.
+thousands; a smaller head; crops of at least 0.3 of the area, colours at half strength and no blur,
+as images are small; a fixed order of colour changes, and hue by rotating RGB.
 """
 
 import argparse
