@@ -1,32 +1,35 @@
 """The datasets and the backbones that the four methods share.
 
-Images stay uint8 tensors in memory, so that a training script can put them on its device once and
-draw a batch by indexing. N images, C channels, H rows, W columns.
+Images stay uint8 tensors, so that a training script can put them on its device once and draw a
+batch by indexing. n images, C channels, H rows, W columns.
 """
 
 import gzip
 import hashlib
-import math
 import os
+import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import sklearn.datasets
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
-from torchvision.transforms import functional
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-DATASETS = ("fashion-mnist", "cifar10", "cifar100", "stl10")
+DATASETS = ("fashion-mnist", "cifar10", "cifar100", "stl10", "digits")
 BACKBONES = ("convnet", "resnet18", "resnet50")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-FASHION_MNIST_FILES = tuple(
-    f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-)
-FASHION_MNIST_CLASSES = tuple(
-    "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
+FASHION_MNIST_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
 )
 
 
@@ -35,256 +38,218 @@ class DataError(ValueError):
 
 
 class Dataset(NamedTuple):
-    """Images (N, C, H, W) uint8; labels (N,) int64, -1 where there is none.
+    """Images (n, C, H, W) uint8; labels (n,) int64, -1 where there is none.
 
-    `mean` and `std` (C,) float32 are those of the training images / 255, to four decimals.
+    `paths` are those of a folder's images, training before test, relative to the folder. `mean`
+    and `std` (C,) float32 are those of the training images / 255, to four decimals.
     """
 
     train_images: torch.Tensor
     train_labels: torch.Tensor
     test_images: torch.Tensor
     test_labels: torch.Tensor
-    mean: torch.Tensor
-    std: torch.Tensor
     classes: tuple
+    paths: tuple = ()
+    mean: torch.Tensor = None
+    std: torch.Tensor = None
 
 
-def load_dataset(name, data_dir, image_size=32, device="cpu"):
-    """Load a dataset into the memory of `device`.
+def load_dataset(name, data_dir, image_size=None, device="cpu"):
+    """Load one of DATASETS, or the images of a folder, into the memory of `device`.
 
-    `name` is one of DATASETS or a folder that holds `train/<class>/*` and `test/<class>/*`, whose
-    images are resized to `image_size` pixels. `data_dir` is where the files of the named datasets
-    are, or are downloaded to. Raises DataError, naming the file and the remedy, when something is
-    missing, cut short or not an image.
+    Images get `image_size` pixels a side. Without it, a folder's get 32, and those of a named
+    dataset stay as they are. Files are looked for in `data_dir`, and downloaded or decoded into
+    it. Raises DataError, naming the file and the remedy, when something is missing or damaged.
     """
     if name == "fashion-mnist":
-        train_images, train_labels, test_images, test_labels, classes = load_fashion_mnist(
-            Path(data_dir)
-        )
+        data = load_fashion_mnist(Path(data_dir))
+    elif name == "digits":
+        data, image_size = load_digits(), image_size or 32
     elif name in DATASETS:
-        train_images, train_labels, test_images, test_labels, classes = load_torchvision(
-            name, data_dir
-        )
+        data = load_torchvision(name, data_dir)
     elif Path(name).is_dir():
-        train_images, train_labels, test_images, test_labels, classes = load_folder(
-            Path(name), image_size
-        )
+        data = load_folder(Path(name), Path(data_dir), image_size or 32)
     else:
         raise DataError(
             f"--dataset {name} is neither one of {', '.join(DATASETS)} nor an existing folder"
         )
-    sample = (
-        train_images[:: max(1, len(train_images) // 20_000)].float() / 255
-    )  # enough for three digits
-    mean, std = sample.mean(dim=(0, 2, 3)), sample.std(dim=(0, 2, 3)).clamp_min(1 / 255)
-    tensors = (
-        train_images,
-        train_labels,
-        test_images,
-        test_labels,
-        mean.round(decimals=4),
-        std.round(decimals=4),
-    )
-    return Dataset(*(x.to(device) for x in tensors), tuple(classes))
+    if image_size not in (None, data.train_images.shape[3]):
+        train_images, test_images = (
+            torch.cat([resize(part, [image_size, image_size]) for part in images.split(1000)])
+            for images in (data.train_images, data.test_images)
+        )
+        data = data._replace(train_images=train_images, test_images=test_images)
+
+    # Images as floats take four times the memory, so go through them in parts.
+    parts = data.train_images[:: max(1, len(data.train_images) // 20_000)].split(500)
+    mean = torch.cat([(part / 255).mean(dim=(2, 3)) for part in parts]).mean(dim=0)
+    square = torch.cat([(part / 255).square().mean(dim=(2, 3)) for part in parts]).mean(dim=0)
+    std = (square - mean.square()).sqrt().clamp_min(1 / 255)
+    data = data._replace(mean=mean.round(decimals=4), std=std.round(decimals=4))
+    return Dataset(*(x.to(device) if torch.is_tensor(x) else x for x in data))
 
 
 def load_fashion_mnist(data_dir):
-    """Read the four IDX files from `data_dir`, Debian's package or torchvision's download."""
-    downloaded = data_dir / "FashionMNIST" / "raw"
-    folders = (data_dir, downloaded, DEBIAN_FASHION_MNIST)
-    folder = next((folder for folder in folders if find_idx(folder, FASHION_MNIST_FILES[0])), None)
-    if folder is None:
+    """Read the four IDX files from `data_dir`, torchvision's download, or Debian's package."""
+
+    def find(file):
+        folders = data_dir, data_dir / "FashionMNIST" / "raw", DEBIAN_FASHION_MNIST
+        paths = [folder / name for folder in folders for name in (file, f"{file}.gz")]
+        return next((path for path in paths if path.is_file()), None)
+
+    if not all(map(find, FASHION_MNIST_FILES)):
         try:
             torchvision.datasets.FashionMNIST(data_dir, download=True)
         except (OSError, RuntimeError) as error:
             raise DataError(
                 f"Fashion-MNIST is not in {data_dir} and could not be downloaded "
-                f"({' '.join(str(error).split())}): on Debian or Ubuntu run "
-                f"'apt-get install dataset-fashion-mnist', elsewhere put "
-                f"{', '.join(FASHION_MNIST_FILES)} (plain or .gz) into {data_dir}"
+                f"({' '.join(str(error).split())}): on Debian or Ubuntu run 'apt-get install "
+                f"dataset-fashion-mnist', elsewhere put {', '.join(FASHION_MNIST_FILES)} (plain "
+                f"or .gz) into {data_dir}, or use --dataset digits, which needs no download"
             ) from error
-        folder = downloaded
-    tensors = []
-    for file in FASHION_MNIST_FILES:
-        path = find_idx(folder, file)
-        if path is None:
+    a, b, c, d = (read_idx(find(file)) for file in FASHION_MNIST_FILES)
+    for images, labels in ((a, b), (c, d)):
+        if images.ndim != 3 or labels.shape != images.shape[:1] or labels.max() > 9:
             raise DataError(
-                f"{folder} holds only a part of Fashion-MNIST: {file} (plain or .gz) is missing"
+                f"{find(FASHION_MNIST_FILES[0]).parent}: images {tuple(images.shape)} and labels "
+                f"{tuple(labels.shape)} up to {labels.max()} are not Fashion-MNIST: get them again"
             )
-        tensors.append(read_idx(path))
-    train_images, train_labels, test_images, test_labels = tensors
-    for images, labels in ((train_images, train_labels), (test_images, test_labels)):
-        if images.ndim != 3 or labels.shape != images.shape[:1]:
-            raise DataError(
-                f"{folder}: {tuple(images.shape)} images do not match {tuple(labels.shape)} labels"
-            )
-        if labels.max() >= len(FASHION_MNIST_CLASSES):
-            raise DataError(f"{folder} has a label {labels.max()}: Fashion-MNIST's are 0 to 9")
-    return (
-        train_images[:, None],
-        train_labels.long(),
-        test_images[:, None],
-        test_labels.long(),
-        FASHION_MNIST_CLASSES,
-    )
-
-
-def find_idx(folder, file):
-    """The path of `file` in `folder`, plain or gzipped, or None."""
-    return next((path for path in (folder / file, folder / f"{file}.gz") if path.is_file()), None)
+    classes = torchvision.datasets.FashionMNIST.classes
+    return Dataset(a[:, None], b.long(), c[:, None], d.long(), tuple(classes))
 
 
 def read_idx(path):
-    """Read one IDX file of unsigned bytes, plain or gzipped, as a uint8 tensor.
+    """Read an IDX file of bytes, plain or gzipped; torchvision's own reader knows only plain ones.
 
-    torchvision's own reader knows only unpacked files; this one reads Debian's packed ones where
-    they lie. The header is two zero bytes, the type (8 is unsigned byte), the number of dimensions,
-    then each as a big-endian int32. Raises ValueError unless exactly the promised number of bytes
-    follows.
+    Two zero bytes, the type (8: bytes), the number of dimensions, each of them as a big-endian
+    int32, the data.
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, gzip.BadGzipFile, gzip.zlib.error) as error:
-        raise DataError(
-            f"{path} is cut short or damaged ({error}): delete it and get it again"
-        ) from error
-    if len(data) < 4 or data[:3] != b"\0\0\x08":
-        raise DataError(f"{path} is not an IDX file of bytes: delete it and get it again")
-    header = 4 + 4 * data[3]
-    shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, header, 4)]
-    if len(data) != header + math.prod(shape):
-        raise DataError(
-            f"{path} is cut short or damaged: {len(data)} bytes where its header promises "
-            f"{header + math.prod(shape)}; delete it and get it again"
-        )
-    return torch.frombuffer(bytearray(data[header:]), dtype=torch.uint8).reshape(shape)
+        shape = struct.unpack_from(f">{data[3]}I", data, offset=4)
+        pixels = bytearray(data[4 + 4 * len(shape) :])
+        return torch.frombuffer(pixels, dtype=torch.uint8).reshape(shape)
+    except (EOFError, IndexError, OSError, RuntimeError, ValueError, struct.error, zlib.error) as e:
+        raise DataError(f"{path} is cut short or damaged: delete it and get it again") from e
+
+
+def load_digits():
+    """Load scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; the last 400 are the test."""
+    digits = sklearn.datasets.load_digits()
+    images = torch.from_numpy(digits.images * 255 / 16).to(torch.uint8)[:, None]
+    labels = torch.from_numpy(digits.target).long()
+    classes = tuple(map(str, range(10)))
+    return Dataset(images[:-400], labels[:-400], images[-400:], labels[-400:], classes)
 
 
 def load_torchvision(name, data_dir):
     """Load cifar10, cifar100 or stl10 with torchvision, which downloads them and checks the MD5."""
+    kind = getattr(torchvision.datasets, name.upper())
+    options = [dict(train=True), dict(train=False)]
+    if name == "stl10":  # its 100,000 unlabelled images are there to be learnt from
+        options = [dict(split="train+unlabeled"), dict(split="test")]
     try:
-        if name == "stl10":  # its 100,000 unlabelled images are there to be learnt from
-            train = torchvision.datasets.STL10(data_dir, split="train+unlabeled", download=True)
-            test = torchvision.datasets.STL10(data_dir, split="test", download=True)
-        else:
-            kind = {
-                "cifar10": torchvision.datasets.CIFAR10,
-                "cifar100": torchvision.datasets.CIFAR100,
-            }[name]
-            train, test = kind(data_dir, train=True, download=True), kind(data_dir, train=False)
+        train, test = (kind(data_dir, **option, download=True) for option in options)
     except (OSError, RuntimeError, EOFError) as error:
         raise DataError(
             f"{name} is not whole in {data_dir} and could not be downloaded "
             f"({' '.join(str(error).split())}): put the archive that torchvision reads into "
             f"{data_dir}, or pass a folder of images to --dataset"
         ) from error
-    if name == "stl10":
-        tensors = [
-            torch.from_numpy(array) for part in (train, test) for array in (part.data, part.labels)
-        ]
-    else:  # torchvision holds CIFAR as (N, H, W, C) and lists of labels
-        tensors = []
-        for part in (train, test):
-            tensors += [
-                torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
-                torch.tensor(part.targets),
-            ]
-    return tensors[0], tensors[1].long(), tensors[2], tensors[3].long(), train.classes
+    tensors = []
+    for part in (train, test):
+        images = torch.from_numpy(part.data)
+        if name != "stl10":  # (n, H, W, C)
+            images = images.permute(0, 3, 1, 2).contiguous()
+        labels = part.labels if name == "stl10" else part.targets
+        tensors += [images, torch.as_tensor(labels).long()]
+    return Dataset(*tensors, tuple(train.classes))
 
 
-def load_folder(folder, image_size):
-    """Decode `train/<class>/*` and `test/<class>/*` once, as RGB, image_size x image_size."""
+def load_folder(folder, data_dir, image_size):
+    """Load the images below a folder, as RGB, scaled and cut to squares of `image_size` pixels.
 
-    def visible(path):
-        return sorted(x for x in path.iterdir() if x.name[0] != ".") if path.is_dir() else []
+    With two or more folders `train/<class>`, the images in them have labels, those in
+    `test/<class>` are the test images, and those in `unlabelled` are trained on too. Otherwise all
+    images, wherever they lie, are training images without a label.
+    """
 
-    classes = [path.name for path in visible(folder / "train") if path.is_dir()]
+    def images_in(part, label=-1):
+        names = sorted(path.relative_to(folder).as_posix() for path in (folder / part).rglob("*"))
+        images = [name for name in names if Path(name).suffix.lower() in IMG_EXTENSIONS]
+        return [(name, label) for name in images if "/." not in f"/{name}"]  # hidden
+
+    classes = sorted(path.name for path in folder.glob("train/[!.]*") if path.is_dir())
     if len(classes) < 2:
-        raise DataError(
-            f"{folder} needs two classes or more as train/<class>/ folders, it has {len(classes)}"
+        classes, train, test = [], images_in(""), []
+    else:
+        train, test = (
+            [x for i, name in enumerate(classes) for x in images_in(f"{split}/{name}", i)]
+            for split in ("train", "test")
         )
-    for path in visible(folder / "test"):
-        if path.is_dir() and path.name not in classes:
-            raise DataError(f"{path} has no counterpart in {folder}/train")
-    paths, labels = {"train": [], "test": []}, {"train": [], "test": []}
-    for split in paths:
-        for label, name in enumerate(classes):
-            found = [path for path in visible(folder / split / name) if path.is_file()]
-            if not found:
-                raise DataError(
-                    f"{folder / split / name} holds no images: a class needs them in train and test"
-                )
-            paths[split] += found
-            labels[split] += [label] * len(found)
-    files = paths["train"] + paths["test"]
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's: each holds the images
-    needed, memory = processes * 3 * image_size**2 * len(files), physical_memory()
-    if needed > memory / 2:
-        raise DataError(
-            f"{folder}: {len(files):,} images of {image_size} pixels take {needed / 1e9:.2f} GB, "
-            f"over half of the {memory / 1e9:.2f} GB of memory: lower --image-size or use fewer"
-        )
-    images = decode_images(files, image_size, folder / f".decoded-{image_size}.pt")
-    train, test = images.split([len(paths["train"]), len(paths["test"])])
-    return train, torch.tensor(labels["train"]), test, torch.tensor(labels["test"]), classes
+        unknown = {path.name for path in folder.glob("test/[!.]*") if path.is_dir()} - {*classes}
+        empty = {*classes} - {classes[label] for _, label in train}
+        if unknown or empty:
+            name = min(unknown | empty)
+            raise DataError(f"class {name} of {folder} has no images in train/{name}: add some")
+        train += images_in("unlabelled")
+    if not train:
+        raise DataError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
+    labelled = sum(label >= 0 for _, label in train)
+    print(
+        f"{folder}: {len(train):,} training images, {labelled:,} with a label, "
+        f"{len(test):,} test images" + ("" if classes else "; no labels, so no kNN accuracy")
+    )
 
-
-def physical_memory():
-    """Bytes of memory that this machine has, or infinity where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):  # Windows
-        return math.inf
+    names = [name for name, _ in train + test]
+    stats = [(folder / name).stat() for name in names]
+    state = [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names, stats, strict=True)]
+    key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+    cache = data_dir / f"{folder.resolve().name}-{image_size}-{key}.uint8"
+    if not cache.is_file():  # or else these very files were decoded before
+        decode_images([folder / name for name in names], image_size, cache)
+    # Mapped into memory: the images need not fit there, and several processes share them.
+    images = torch.from_file(str(cache), size=len(names) * 3 * image_size**2, dtype=torch.uint8)
+    images = images.view(-1, 3, image_size, image_size).split([len(train), len(test)])
+    labels = torch.tensor([label for _, label in train + test]).split([len(train), len(test)])
+    return Dataset(images[0], labels[0], images[1], labels[1], tuple(classes), tuple(names))
 
 
 def decode_images(paths, image_size, cache):
-    """Decode files to (n, 3, image_size, image_size) uint8 on all cores, or read them from `cache`.
-
-    The cache is written beside the images. It counts only as long as every file has the name, the
-    size and the time of change that it had then.
-    """
-    state = [
-        (str(p.relative_to(cache.parent)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths
-    ]
-    key = hashlib.sha256(repr(state).encode()).hexdigest()
+    """Decode files on all cores into the file `cache`: (n, 3, image_size, image_size) uint8."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    unfinished, bad = Path(f"{cache}.{os.getpid()}"), []
     try:
-        saved = torch.load(cache, weights_only=True)
-        if saved["key"] == key and saved["images"].shape == (len(paths), 3, image_size, image_size):
-            return saved["images"]
-    except Exception:  # none yet, or a damaged one, which can fail in any way: decode again
-        pass
-    images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes outside Python's lock
-        decoded = pool.map(lambda path: decode_image(path, image_size), paths)
-        for i, image in enumerate(
-            tqdm(decoded, "decoding", len(paths), unit=" images", disable=None)
-        ):
-            images[i] = image
-    try:
-        torch.save({"key": key, "images": images}, f"{cache}.tmp")
-        os.replace(f"{cache}.tmp", cache)
-    except (OSError, RuntimeError):  # a full or read-only disk: then it is decoded each time
-        Path(f"{cache}.tmp").unlink(missing_ok=True)
-    return images
+        with ThreadPoolExecutor() as pool, unfinished.open("wb") as file:
+            decoded = pool.map(lambda path: decode_image(path, image_size), paths)
+            for pixels in tqdm(decoded, "decoding", len(paths), leave=False, disable=None):
+                bad += [pixels] if isinstance(pixels, str) else []
+                file.write(b"" if bad else pixels)
+        if bad:
+            raise DataError(f"{len(bad)} images cannot be decoded, mend or remove them: {bad[0]}")
+        unfinished.replace(cache)
+    except OSError as error:
+        raise DataError(
+            f"{cache} cannot be written ({error}): choose another --data-dir"
+        ) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def decode_image(path, image_size):
-    """Decode one file to (3, image_size, image_size) uint8: resize the shorter side, crop."""
+    """Return an image file's bytes (3, H, W) or, as a string, why it cannot be decoded."""
     try:
         with Image.open(path) as image:
+            image.draft("RGB", (2 * image_size, 2 * image_size))  # large JPEGs at less detail
             if image.mode == "F":
                 raise ValueError("it holds fractions: save it with 8 or 16 bits")
             if image.mode.startswith("I") and image.getextrema()[1] > 255:
-                # 16 bits: keep the upper eight, where PIL would clip
-                image = image.point(lambda value: value / 256).convert("L")
-            image = image.convert("RGB")
+                image = image.point(lambda value: value / 256).convert("L")  # upper 8 of 16 bits
+            image = ImageOps.exif_transpose(image).convert("RGB")  # upright, as cameras note it
+            image = ImageOps.fit(image, (image_size, image_size))
+            return b"".join(channel.tobytes() for channel in image.split())
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path} is not an image that can be decoded ({error}): mend or remove it"
-        ) from error
-    if image.size != (image_size, image_size):
-        image = functional.center_crop(functional.resize(image, image_size), image_size)
-    return functional.pil_to_tensor(image)
+        return f"{path} ({error})"
 
 
 def build_backbone(name, in_channels, image_size=32):
@@ -302,27 +267,20 @@ def build_backbone(name, in_channels, image_size=32):
     if name == "convnet":
         layers, channels = [], in_channels
         for width in (32, 64, 128):
-            layers += [
-                nn.Conv2d(channels, width, kernel_size=3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(inplace=True),
-            ]
+            convolution = nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             channels = width
         if not 25 <= image_size <= 32:  # those come out as 4 x 4 by themselves
             layers.append(nn.AdaptiveAvgPool2d(4))
         backbone = nn.Sequential(*layers, nn.Flatten())
-        backbone.feature_dim = 4 * 4 * 128
+        backbone.feature_dim = 128 * 4 * 4
     elif name in BACKBONES:
         backbone = getattr(torchvision.models, name)()
         if image_size <= 64:
-            backbone.conv1 = nn.Conv2d(
-                in_channels, 64, kernel_size=3, stride=1, padding=1, bias=False
-            )
+            backbone.conv1 = nn.Conv2d(in_channels, 64, 3, stride=1, padding=1, bias=False)
             backbone.maxpool = nn.Identity()
         elif in_channels != 3:
-            backbone.conv1 = nn.Conv2d(
-                in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False
-            )
+            backbone.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
         backbone.feature_dim = backbone.fc.in_features
         backbone.fc = nn.Identity()
     else:

@@ -3,546 +3,502 @@
     python linear_eval.py --weights byol.pt
     python linear_eval.py --weights simclr.pt moco.pt --labels 100 1000 all --plot pictures
 
-Every image goes through the frozen backbone once; all the rest works on the features. A linear
-classifier (multinomial logistic regression) and a k-nearest-neighbour vote are fitted to training
-features and scored on test features. Two rows stand beside every result: the raw pixels, and the
-same backbone with random weights, never trained. Only what a result adds to those was learnt.
---baselines adds the same backbone trained from scratch with the labels that the others get, and
---finetune the pretrained backbone trained on with them. N images, D features, K classes.
+Every image goes once through the frozen backbone, which gives its features. A linear classifier and
+a vote of the nearest neighbours learn from the features of labelled training images, and are scored
+on those of the test images. Two rows stand above every result: the raw pixels, and the same
+backbone with random weights, never trained. Only what a result adds to those was learnt.
+N images, F features, K classes.
 """
 
 import argparse
-import io
 import math
 import os
-import pickle
 import statistics
+import sys
 import time
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+from sklearn.metrics import classification_report, confusion_matrix, f1_score
 from torch import nn
+from torchvision.transforms import v2
 from tqdm import tqdm
 
+import byol
+import moco
+import simclr
+import simsiam
 from common import DataError, build_backbone, load_dataset
-from simclr import VIEW_1, augment
 
 STRENGTHS = (3, 10, 30, 100, 300, 1000)  # candidates for C: the larger, the weaker the penalty
 # Training with labels: 3,000 steps, or ten epochs where that is more. Chosen on held-out images.
-STEPS, BATCH_SIZE, SCRATCH_LR, FINETUNE_LR = 3000, 128, 0.03, 0.03
+STEPS, BATCH_SIZE, LR = 3000, 128, 0.03
+SCRIPTS = {"simclr": simclr, "moco": moco, "byol": byol, "simsiam": simsiam}
+
+
+def normalized(network, mean, std):
+    """Return `network` with a layer before it that takes uint8 images (N, C, H, W)."""
+    scale = v2.ToDtype(torch.float32, scale=True)
+    return nn.Sequential(scale, v2.Normalize(mean, std), network).eval()
 
 
 def load_encoder(path):
-    """Rebuild the backbone that a training script saved; return (encoder, checkpoint).
+    """Return (encoder, checkpoint): uint8 images to features, and all that a script saved.
 
-    The file is read with weights_only=True, so that it cannot run code. Raises DataError, with the
-    path and the reason, unless the file has a whole backbone, of the right shapes and all finite.
+    Only the backbone is rebuilt, so the script need not be there. weights_only=True keeps the file
+    from running code. Raises DataError unless the backbone is whole and its weights are finite.
     """
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
-        _, channels, _, size = checkpoint["args"]["images"]
-        encoder = build_backbone(checkpoint["args"]["backbone"], channels, size)
+        trained, model = checkpoint["args"], checkpoint["model"]
+        backbone = build_backbone(trained["backbone"], trained["images"][1], trained["images"][3])
         prefix = "backbone."
-        weights = {
-            k.removeprefix(prefix): v
-            for k, v in checkpoint["model"].items()
-            if k.startswith(prefix)
-        }
-        encoder.load_state_dict(weights)  # strict: a key too many or too few is an error
-        if not all(value.isfinite().all() for value in weights.values()):
-            raise ValueError("it has weights that are not finite")
-        checkpoint["args"]["dataset"], checkpoint["metrics"]
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist: name a checkpoint, or train one first") from error
-    except (
-        AttributeError,
-        EOFError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        pickle.UnpicklingError,
-    ) as error:
+        saved = {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
+        backbone.load_state_dict(saved)
+        if not all(value.isfinite().all() for value in saved.values()):
+            raise ValueError("a weight is not finite")
+        _ = checkpoint["metrics"], trained["method"], trained["dataset"]
+        return normalized(backbone, trained["mean"], trained["std"]), checkpoint
+    except Exception as error:  # a damaged file can fail in any way
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} is not a whole checkpoint of these scripts: {reason}") from error
-    return encoder.eval(), checkpoint
-
-
-def progress_bar(items, title):
-    """Show `items` under a progress bar on a terminal, if there is a title."""
-    return tqdm(items, title, disable=None if title else True, leave=False)
+        raise DataError(f"{path} is not a checkpoint of these scripts: {reason}") from error
 
 
 @torch.no_grad()
-def extract_features(encoder, images, mean, std, progress=None):
-    """Return the features (N, D) float32 of uint8 images (N, C, H, W), on the device of `mean`.
+def extract_features(encoder, images, indices):
+    """Return the features (N, F) float32 of images[indices], uint8."""
+    batches = tqdm(indices.split(500), "features", leave=False, disable=None)
+    return torch.cat([encoder(images[batch]) for batch in batches])
 
-    `mean` and `std` (C,) normalise images / 255; `progress` is the title of a progress bar. In eval
-    mode, BatchNorm uses running statistics: the features of an image depend on no other image.
+
+def knn_accuracy(train, train_labels, test, test_labels, k=200, temperature=0.1):
+    """Return the accuracy in percent of a vote among the k nearest training features (N, F).
+
+    Nearness is the cosine, and a neighbour's vote weighs exp(cosine / temperature) (InstDisc, Wu et
+    al. 2018, section 3.4, with 0.07).
     """
-    device, mean, std = mean.device, mean.view(-1, 1, 1), std.view(-1, 1, 1)
-    was_training = encoder.training
-    encoder.eval()
-    features, done = None, 0
-    for batch in progress_bar(images.split(500), progress):
-        some = encoder((batch.to(device).float() / 255 - mean) / std).float()
-        if features is None:  # filled in place: joining a list would need twice the memory
-            features = some.new_empty(len(images), some.shape[1])
-        features[done : done + len(some)] = some
-        done += len(some)
-    encoder.train(was_training)
-    return features
+    train, correct = F.normalize(train, dim=1), 0
+    for x, labels in zip(test.split(500), test_labels.split(500), strict=True):
+        cosines, nearest = (F.normalize(x, dim=1) @ train.T).topk(min(k, len(train)), dim=1)
+        weights = (cosines / temperature).exp()
+        votes = weights.new_zeros(len(x), int(train_labels.max()) + 1)
+        votes.scatter_add_(1, train_labels[nearest], weights)
+        correct += (votes.argmax(dim=1) == labels).sum().item()
+    return 100 * correct / len(test)
 
 
-@torch.no_grad()
-def knn_accuracy(
-    train_features, train_labels, test_features, test_labels, k=200, temperature=0.1, progress=None
-):
-    """Return the accuracy in percent of a vote among the k nearest training features (N, D).
+def fit_logistic(x, labels, n_classes, strength, iterations=60):
+    """Minimise C * sum of cross-entropies + ||W||^2 / 2; return W (K, F) and b (K,).
 
-    Nearness is the cosine; a neighbour's vote weighs exp(cosine / temperature) (InstDisc, Wu et
-    al. 2018, section 3.4, with 0.07). Images with the label -1 have no vote; k is cut to the rest.
+    scikit-learn's LogisticRegression(C=C) has the same minimum. L-BFGS gets there fast if all
+    directions curve alike, so it works on V = W / scale. With features x (N, F) that are
+    uncorrelated, such as principal components, one scale for each feature is enough.
     """
-    labelled = train_labels >= 0
-    if not labelled.all():
-        train_features, train_labels = train_features[labelled], train_labels[labelled]
-    device, k = train_features.device, min(k, len(train_labels))
-    train_labels, test_labels = train_labels.to(device), test_labels.to(device)
-    norms = train_features.norm(dim=1).clamp_min(1e-12)  # a normalised copy would double the memory
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    batches = list(zip(test_features.split(250), test_labels.split(250), strict=True))
-    for features, labels in progress_bar(batches, progress):
-        cosines = (F.normalize(features, dim=1) @ train_features.T).div_(norms)  # (250, n)
-        nearest, indices = cosines.topk(k, dim=1)
-        votes = torch.zeros(len(features), int(train_labels.max()) + 1, device=device)
-        votes.scatter_add_(1, train_labels[indices], (nearest / temperature).exp())
-        correct += (votes.argmax(dim=1) == labels).sum()
-    return 100 * correct.item() / len(test_labels)
+    n = len(x)
+    scale = (x.square().mean(dim=0) / n_classes + 1 / (strength * n)).rsqrt()  # (F,)
+    v = torch.zeros(n_classes, x.shape[1], device=x.device, requires_grad=True)
+    bias = torch.zeros(n_classes, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [v, bias], max_iter=iterations, tolerance_grad=1e-4, line_search_fn="strong_wolfe"
+    )
+
+    def loss():
+        optimizer.zero_grad()
+        weight = v * scale
+        value = F.cross_entropy(F.linear(x, weight, bias), labels)
+        value = value + weight.square().sum() / (2 * strength * n)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return (v * scale).detach(), bias.detach()
 
 
-def fit_logistic(features, labels, n_classes, strengths, iterations=60, progress=None):
-    """Minimise C * sum of cross-entropies + ||W||^2 / 2 for each C in `strengths`.
+def linear_probe(train, labels, test, n_classes):
+    """Fit a linear classifier to `train` (N, F); return its predictions for `test`, and its C.
 
-    Returns a list of W (K, D) and b (K,), as scikit-learn's LogisticRegression(C=C) finds them.
-    L-BFGS starts from the solution for the C before, and runs in coordinates in which the
-    curvature at W = 0 is about the identity: that takes a fifth of the iterations.
+    Features are scaled to length 1, centred, and turned into principal components. C is the
+    candidate with the best accuracy in five-fold cross-validation on up to 10,000 of the images.
     """
-    n, dim = features.shape
-    curvature = features.T @ features / (n * n_classes)
-    curvature.diagonal().add_(1 / (strengths[len(strengths) // 2] * n))  # of the middle C
-    to_weight = torch.linalg.inv(torch.linalg.cholesky(curvature))  # (D, D): W = coordinates @ it
-    coordinates = torch.zeros(n_classes, dim, device=features.device, requires_grad=True)
-    bias = torch.zeros(n_classes, device=features.device, requires_grad=True)
-    solutions = []
-    for strength in progress_bar(strengths, progress):
-        optimizer = torch.optim.LBFGS(
-            [coordinates, bias],
-            max_iter=iterations,
-            tolerance_grad=1e-4,
-            line_search_fn="strong_wolfe",
-        )
-
-        def closure(optimizer=optimizer, decay=1 / (strength * n)):
-            optimizer.zero_grad()
-            weight = coordinates @ to_weight
-            loss = F.cross_entropy(F.linear(features, weight, bias), labels)
-            loss = loss + decay / 2 * weight.square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        solutions.append(((coordinates @ to_weight).detach(), bias.detach().clone()))
-    return solutions
-
-
-def linear_probe(train_features, train_labels, test_features, n_classes, progress=None):
-    """Fit a linear classifier and return its predictions (N,) int64 and the strength C it took.
-
-    Features are scaled to length 1 and centred. C is the candidate with the best accuracy on parts
-    of the training set held out for that: five folds of up to 2,000 images, one fold of more, in
-    which 20,000 at most are fitted and 10,000 scored. (C is counted per image, so the best one
-    hardly depends on how many there are.) No test label is seen.
-    """
-    train = F.normalize(train_features, dim=1)
+    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     center = train.mean(dim=0)
-    train -= center
-    test = F.normalize(test_features, dim=1) - center
-    if len(train) < train.shape[1]:  # the solution lies in the span of the images: turn into it
-        basis = torch.linalg.qr(train.T).Q
-        train, test = train @ basis, test @ basis
-    labels = train_labels.to(train.device)
-    parts = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).chunk(5)
-    correct = [0] * len(STRENGTHS)
-    for i in range(len(parts) if len(labels) <= 2000 else 1):
-        held_out, fitted = parts[i][:10_000], torch.cat(parts[:i] + parts[i + 1 :])[:20_000]
-        fits = fit_logistic(train[fitted], labels[fitted], n_classes, STRENGTHS, 20, progress)
-        for j, (weight, bias) in enumerate(fits):
+    train, test = train - center, test - center
+    if len(train) < train.shape[1]:
+        axes = torch.linalg.svd(train, full_matrices=False).Vh.T  # (F, N)
+    else:
+        axes = torch.linalg.eigh(train.T @ train).eigenvectors  # (F, F)
+    train, test = train @ axes, test @ axes
+
+    generator = torch.Generator().manual_seed(0)
+    folds = torch.randperm(len(train), generator=generator)[:10_000].chunk(5)
+    correct = dict.fromkeys(STRENGTHS, 0)
+    for i, held_out in enumerate(folds):
+        fitted = torch.cat(folds[:i] + folds[i + 1 :])
+        for strength in STRENGTHS:
+            weight, bias = fit_logistic(train[fitted], labels[fitted], n_classes, strength, 20)
             guesses = F.linear(train[held_out], weight, bias).argmax(dim=1)
-            correct[j] += (guesses == labels[held_out]).sum().item()
-    strength = STRENGTHS[correct.index(max(correct))]
-    [(weight, bias)] = fit_logistic(train, labels, n_classes, [strength], progress=progress)
-    return F.linear(test, weight, bias).argmax(dim=1).cpu(), strength
+            correct[strength] += (guesses == labels[held_out]).sum().item()
+    best = max(correct, key=correct.get)
+    weight, bias = fit_logistic(train, labels, n_classes, best)
+    return F.linear(test, weight, bias).argmax(dim=1), best
 
 
-def train_with_labels(backbone, images, labels, n_classes, mean, std, lr, seed, progress=None):
-    """Train `backbone` and a linear layer on uint8 images (N, C, H, W); return the two as one.
+def train_with_labels(encoder, images, labels, n_classes, seed):
+    """Train an encoder and a linear layer on uint8 images (N, C, H, W); return the two as one.
 
-    SGD with momentum on augmented images, cosine learning rate, STEPS steps or ten epochs. It is
-    the baseline for what labels alone give, and the fine-tuning of a pretrained backbone.
+    With random weights it shows what labels alone give, with pretrained ones it is fine-tuning.
+    The method's own SGD, with Nesterov momentum; bf16 on a GPU that has it, as in training.
     """
-    device, size = mean.device, min(BATCH_SIZE, len(images))
+    scale, normalize, backbone = encoder
+    device, size = images.device.type, min(BATCH_SIZE, len(images))
     steps = max(STEPS, 10 * len(images) // size)
     torch.manual_seed(seed)
-    images, labels = images.to(device), labels.to(device)
-    mean, std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
     head = nn.Linear(backbone.feature_dim, n_classes)
     nn.init.zeros_(head.weight)  # so that the first gradients do not shake a pretrained backbone
     model = nn.Sequential(backbone, head).to(device).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=5e-4, nesterov=True)
+    optimizer = torch.optim.SGD(model.parameters(), LR, 0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(False)
     order = torch.empty(0, dtype=torch.int64, device=device)
-    for _ in progress_bar(range(steps), progress):
+    for _ in tqdm(range(steps), "training", leave=False, disable=None):
         if len(order) < size:
             order = torch.randperm(len(images), device=device)
         batch, order = order[:size], order[size:]
-        views = augment(images[batch] / 255, **VIEW_1)
-        loss = F.cross_entropy(model((views - mean) / std), labels[batch], label_smoothing=0.1)
+        x = normalize(simclr.augment(scale(images[batch]), **simclr.VIEW_1))
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), labels[batch], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return model
+    return nn.Sequential(scale, normalize, model).eval()
 
 
-def draw_labels(labels, budget, seed):
-    """Return sorted indices of `budget` images, equally many of each class, drawn with `seed`.
+def draw_labels(labels, indices, budget, seed):
+    """Draw `budget` of the `indices`, equally many of each class; return them sorted.
 
     Raises DataError if the classes do not divide the budget or a class has too few images.
     """
-    classes = labels[labels >= 0].unique()
+    classes = labels[indices].unique().tolist()
     if budget % len(classes):
         raise DataError(f"--labels {budget} is not a multiple of the {len(classes)} classes")
-    generator = torch.Generator().manual_seed(seed)
-    indices, each = [], budget // len(classes)
+    generator, drawn, each = torch.Generator().manual_seed(seed), [], budget // len(classes)
     for label in classes:
-        images = (labels == label).nonzero().flatten()
-        if len(images) < each:
-            raise DataError(
-                f"--labels {budget} needs {each} images of class {label}, "
-                f"the training set has {len(images)}"
-            )
-        indices.append(images[torch.randperm(len(images), generator=generator)[:each]])
-    return torch.cat(indices).sort().values
+        of_class = indices[labels[indices] == label]
+        if len(of_class) < each:
+            raise DataError(f"--labels {budget}: class {label} has only {len(of_class)} images")
+        drawn.append(of_class[torch.randperm(len(of_class), generator=generator)[:each]])
+    return torch.cat(drawn).sort().values
 
 
-def export(encoder, checkpoint, data, path):
-    """Write the bare backbone so that it runs without this code, and print what to feed it.
-
-    A ResNet becomes a state dict for torchvision's model of that name, a convnet a torch.export
-    program, of which only the number of images is left open.
-    """
-    encoder, buffer = encoder.cpu().to(memory_format=torch.contiguous_format), io.BytesIO()
-    if checkpoint["args"]["backbone"] == "convnet":
-        example, free = data.test_images[:2].float(), {0: torch.export.Dim("N")}
-        program = torch.export.export(encoder, (example,), dynamic_shapes=(free,))
-        torch.export.save(program, buffer)
-    else:
-        torch.save(encoder.state_dict(), buffer)
-    Path(path).write_bytes(buffer.getvalue())
-    mean, std = ([round(x, 4) for x in values.tolist()] for values in (data.mean, data.std))
-    shape = ", ".join(map(str, data.test_images.shape[1:]))
-    print(f"{path}: takes (N, {shape}) float32, (image / 255 - {mean}) / {std} per channel")
+def export(encoder, images, path):
+    """Save a torch.export program: uint8 images in, features out. It needs none of this code."""
+    encoder = encoder.cpu().to(memory_format=torch.contiguous_format)
+    any_number = {0: torch.export.Dim("N")}
+    program = torch.export.export(encoder, (images[:2].cpu(),), dynamic_shapes=(any_number,))
+    torch.export.save(program, path)
+    print(f"{path}: takes uint8 images (N, {', '.join(map(str, images.shape[1:]))})")
 
 
-def plot(folder, scores, curves, features, step, guesses, nearest, queries, data):
-    """Save the pictures as PNG files in `folder`.
+def embed(encoder, data, path):
+    """Save `features` (n, F) float32 and `paths` (n,) of all images, training before test."""
+    parts = {"train": data.train_images, "test": data.test_images}
+    features = [extract_features(encoder, x, torch.arange(len(x))) for x in parts.values()]
+    numbers = [f"{part}/{i}" for part, x in parts.items() for i in range(len(x))]
+    features = torch.cat(features).cpu().numpy()
+    np.savez(path, features=features, paths=np.array(data.paths or numbers))
+    print(f"{path}: features {features.shape}, paths")
 
-    `scores` maps a row of the table to {number of labels: accuracies}, `curves` a checkpoint to its
-    metrics. Of random init and each checkpoint, `features` are those of each `step`-th test image,
-    `guesses` (N,) the classes predicted for all, `nearest` (10, 8) the indices of the training
-    images nearest to the test images `queries` (10,).
-    """
-    from matplotlib.figure import Figure
-    from sklearn.manifold import TSNE
-    from sklearn.metrics import ConfusionMatrixDisplay
 
-    def new(width, height, rows=1, columns=1):
-        figure = Figure((width, height), dpi=80, layout="constrained")
-        return figure, figure.subplots(rows, columns, squeeze=False)
+def panels(width, height, rows=1, columns=1):
+    """Return a matplotlib figure of that size in inches, and its axes (rows, columns)."""
+    figure = Figure((width, height), dpi=80, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
-    figure, [[axes]] = new(8, 5)
+
+def show(axes, image, **options):
+    """Draw one uint8 image (C, H, W)."""
+    axes.imshow(image.permute(1, 2, 0).cpu(), cmap="gray", vmin=0, vmax=255, **options)
+    axes.set(xticks=[], yticks=[])
+
+
+def plot_labels(scores, path):
+    """Draw accuracy by number of labels: `scores` maps a row to {number: accuracies}."""
+    figure, [[axes]] = panels(8, 5)
     for i, (name, values) in enumerate(scores.items()):
-        mean = [statistics.mean(accuracies) for accuracies in values.values()]
-        spread = [statistics.stdev(x) if len(x) > 1 else 0 for x in values.values()]
-        axes.errorbar(
-            list(values),
-            mean,
-            spread,
-            capsize=3,
-            label=name,
-            marker="ov^sDPX*"[i % 8],
-            linestyle="-" if i > 1 else "--",
-        )  # not learnt: --
-    axes.set(
-        title="Test accuracy by number of labels (bars: deviation of draws)",
-        xscale="log",
-        xlabel="labelled training images",
-        ylabel="test accuracy (%)",
-    )
+        mean = [statistics.mean(x) for x in values.values()]
+        deviation = [statistics.stdev(x) if len(x) > 1 else 0 for x in values.values()]
+        style = dict(marker="ov^sDPX*"[i % 8], linestyle="-" if i > 1 else "--")  # --: not learnt
+        axes.errorbar(list(values), mean, deviation, capsize=3, label=name, **style)
+    axes.set(title="Test accuracy by number of labels (bars: deviation of draws)", xscale="log")
+    axes.set(xlabel="labelled training images", ylabel="test accuracy (%)")
     axes.set_xticks(list(values), [f"{n:,}" for n in values])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(folder / "labels.png")
+    figure.savefig(path)
+
+
+def plot_curves(metrics, path):
+    """Draw loss, kNN accuracy and z_std by epoch: `metrics` maps a checkpoint to its rows."""
     titles = {"loss": "training loss", "knn": "kNN accuracy (%)", "z_std": "z_std (0: one point)"}
-    figure, panels = new(3 + 2.5 * len(curves), 7, 3, len(curves))
-    for column, (name, rows) in enumerate(curves.items()):
-        panels[1][column].sharey(panels[1][0])  # before it is drawn on, so that all are in range
-        for axes, key in zip(panels[:, column], titles, strict=True):
+    figure, axes = panels(3 + 2.5 * len(metrics), 7, 3, len(metrics))
+    for column, (name, rows) in enumerate(metrics.items()):
+        for box, key in zip(axes[:, column], titles, strict=True):
             shown = [row for row in rows if key in row]  # kNN is not taken in every epoch
-            axes.plot([row["epoch"] for row in shown], [row[key] for row in shown], marker=".")
-            axes.set(title=name, xlabel="epoch", ylabel=titles[key], xlim=(0, len(rows) + 1))
-            axes.grid(alpha=0.3)
-        panels[2][column].set_ylim(0, 1.1)
-    figure.savefig(folder / "curves.png")
-    tsne = TSNE(perplexity=min(30, math.ceil(len(data.test_labels) / step / 4)), random_state=0)
-    maps = {
-        name: tsne.fit_transform(some.numpy())
-        for name, some in progress_bar(features.items(), "t-SNE")
-    }
-    for name in curves:
-        stem = "-".join(Path(name).with_suffix("").parts).strip("/-")
-        figure, [panels] = new(13, 6, 1, 2)
-        for axes, title in zip(panels, ("random init", name), strict=True):
-            for k, label in enumerate(data.classes[:10]):  # there are ten colours
-                points = maps[title][data.test_labels[::step] == k]
-                axes.scatter(*points.T, s=8, color=f"C{k}", label=label)
-            axes.set(
-                title=f"{title}: t-SNE of the features of test images",
-                xticks=[],
-                yticks=[],
-                xlabel="t-SNE 1 (no unit)",
-                ylabel="t-SNE 2 (no unit)",
-            )
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)
-        figure.savefig(folder / f"map-{stem}.png")
-        figure, [[axes]] = new(8, 7)
-        ConfusionMatrixDisplay.from_predictions(
-            data.test_labels,
-            guesses[name],
-            normalize="true",
-            values_format=".0%",
-            ax=axes,
-            display_labels=data.classes,
-            include_values=len(data.classes) <= 20,
-            cmap="Blues",
-            xticks_rotation=45,
-            im_kw=dict(vmin=0, vmax=1),
-        )
-        axes.set_title(f"{name}: classes of the test images, as the linear classifier sees them")
-        figure.savefig(folder / f"confusion-{stem}.png")
-        figure, panels = new(7.5, 8.4, len(queries), 9)
-        for query, found, row in zip(queries, nearest[name], panels, strict=True):
-            for i, box in enumerate(row[: len(found) + 1]):
-                image = data.train_images[found[i - 1]] if i else data.test_images[query]
-                label = data.train_labels[found[i - 1]] if i else data.test_labels[query]
-                box.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
-                box.set(xticks=[], yticks=[])
-                if label != data.test_labels[query]:
-                    box.set_xlabel(data.classes[label], color="C3", fontsize=7, labelpad=1)
-                    box.spines[:].set(color="C3", linewidth=4)
-            row[0].set_ylabel(data.classes[data.test_labels[query]], rotation=0, ha="right")
-        panels[0][0].set_title("query")
-        panels[0][4].set_title("the eight nearest labelled images (red: another class)")
-        figure.suptitle(f"{name}: nearest neighbours by cosine of the features")
-        figure.savefig(folder / f"neighbours-{stem}.png")
+            box.plot([row["epoch"] for row in shown], [row[key] for row in shown], marker=".")
+            box.set(title=name, xlabel="epoch", ylabel=titles[key], xlim=(0, len(rows) + 1))
+            box.grid(alpha=0.3)
+            if key != "loss":  # losses of different methods cannot be compared
+                box.sharey(axes[1 if key == "knn" else 2][0])
+        axes[2][column].set_ylim(0, 1.1)
+    figure.savefig(path)
 
 
-def label_budget(text):
-    """Argparse type of --labels: "all" or a whole number from 2."""
-    if text != "all" and (not text.isdecimal() or int(text) < 2):
-        raise argparse.ArgumentTypeError(f"must be 'all' or at least 2, got {text}")
-    return text if text == "all" else int(text)
+def plot_map(features, images, labels, classes, path):
+    """Draw a t-SNE map for each entry of `features`: coloured points, or pictures if no classes."""
+    figure, [axes] = panels(6.5 * len(features), 6, 1, len(features))
+    for box, (name, values) in zip(axes, features.items(), strict=True):
+        tsne = TSNE(perplexity=min(30, math.ceil(len(values) / 4)), random_state=0)
+        points = tsne.fit_transform(values.cpu().numpy())
+        for k, label in enumerate(classes[:10]):  # there are ten colours
+            box.scatter(*points[(labels == k).cpu().numpy()].T, s=8, color=f"C{k}", label=label)
+        if not classes:
+            size = np.ptp(points, axis=0).max() / 60
+            for image, (x, y) in zip(images, points, strict=True):
+                show(box, image, extent=(x - size, x + size, y - size, y + size))
+            low, high = points.min(axis=0) - size, points.max(axis=0) + size
+            box.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+        box.set(title=f"{name}: t-SNE of the features", xticks=[], yticks=[])
+    if classes:
+        axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)
+    figure.savefig(path)
+
+
+def plot_neighbours(rows, classes, path):
+    """Draw rows of (images, labels): the first is the query, the others are its neighbours."""
+    figure, axes = panels(7.5, 8.4, len(rows), len(rows[0][0]))
+    for (images, labels), boxes in zip(rows, axes, strict=True):
+        for image, label, box in zip(images, labels, boxes, strict=True):
+            show(box, image)
+            if classes and label != labels[0]:
+                box.set_xlabel(classes[label], color="C3", fontsize=7, labelpad=1)
+                box.spines[:].set(color="C3", linewidth=4)
+        if classes:
+            boxes[0].set_ylabel(classes[labels[0]], rotation=0, ha="right")
+    axes[0][0].set_title("query")
+    axes[0][len(rows[0][0]) // 2].set_title(
+        "nearest training images" + ", red: another class" * bool(classes)
+    )
+    figure.savefig(path)
+
+
+def plot_views(script, images, path):
+    """Draw a row for each uint8 image: itself, and three times the two views that a method sees."""
+    figure, axes = panels(7, 8.4, len(images), 7)
+    torch.manual_seed(0)
+    x = images / 255
+    views = [x, *(script.augment(x, **view) for view in (script.VIEW_1, script.VIEW_2) * 3)]
+    for column, (title, view) in enumerate(
+        zip(["image", *["view 1", "view 2"] * 3], views, strict=True)
+    ):
+        for image, box in zip((255 * view).byte(), axes[:, column], strict=True):
+            show(box, image)
+        axes[0][column].set_title(title)
+    figure.savefig(path)
 
 
 def parse_args(argv=None):
-    """Read the command line, or the list of strings `argv`."""
-    parser = argparse.ArgumentParser(
-        "linear_eval.py",
-        argparse.SUPPRESS,
-        __doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--weights", nargs="+", required=True, metavar="PT", help="checkpoints of the four scripts")
-    add(
-        "--labels",
-        nargs="+",
-        type=label_budget,
-        default=["all"],
-        metavar="N",
-        help="label budgets, a column each: multiples of the classes, or all",
-    )
-    add("--trials", type=int, default=3, help="draws of a budget but all: mean ± deviation")
-    add("--baselines", action="store_true", help="add the backbone trained on the labels alone")
-    add("--finetune", action="store_true", help="add the backbones trained on with the labels")
-    add("--report", action="store_true", help="print precision, recall, F1 and confusion by class")
-    add("--plot", metavar="FOLDER", help="save pictures of scores, curves, features, neighbours")
-    add("--export", metavar="PT", help="save the bare backbone for use without this code")
-    add("--seed", type=int, default=0, help="of the labels drawn and the random backbone")
-    add("--dataset", help="as in training; unset: what the first of --weights was trained on")
-    add("--data-dir", default="data", help="folder that has, or gets, a named dataset's files")
-    devices = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
-    add("--device", choices=devices, default=devices[-1])
+    """Read the command line, or `argv`."""
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
+    option, devices = parser.add_argument, ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
+    option("--weights", nargs="+", required=True, metavar="PT", help="checkpoints")
+    option("--labels", nargs="+", default=["all"], metavar="N", help="numbers of labels, or all")
+    option("--trials", type=int, default=3, help="draws of N labels: mean ± deviation")
+    option("--validation", type=int, metavar="N", help="score on N training images, not the test")
+    option("--baselines", action="store_true", help="add the network trained on the labels alone")
+    option("--finetune", action="store_true", help="add the networks trained on with the labels")
+    option("--report", action="store_true", help="print scores and confusions by class")
+    option("--plot", metavar="FOLDER", help="draw pictures")
+    option("--embed", metavar="NPZ", help="only save the features and the path of each image")
+    option("--export", metavar="PT2", help="only save the backbone for use without this code")
+    option("--seed", type=int, default=0, help="of the labels drawn and the random backbone")
+    option("--dataset", help="as in training; unset: the one of the first checkpoint")
+    option("--data-dir", default="data", help="downloads, decoded images")
+    option("--device", choices=devices, default=devices[-1])
     args = parser.parse_args(argv)
-    if args.export and (
-        len(args.weights) > 1
-        or os.path.exists(args.export)
-        or not os.path.isdir(os.path.dirname(args.export) or ".")
-    ):
-        parser.error(f"--export {args.export} needs one --weights, a folder and no file there yet")
-    if args.export and args.dataset:
-        parser.error("--export prints the mean and std of the training data: leave out --dataset")
-    if args.trials < 1:
-        parser.error(f"--trials {args.trials}: choose 1 or more")
+    for budget in args.labels:
+        if budget != "all" and not (budget.isdecimal() and int(budget) >= 2):
+            parser.error(f"--labels {budget} is neither 'all' nor a number from 2")
+    for name in ("trials", "validation"):
+        if vars(args)[name] is not None and vars(args)[name] < 1:
+            parser.error(f"--{name} {vars(args)[name]} is not at least 1")
+    for path in (args.embed, args.export):
+        if path and (len(args.weights) > 1 or os.path.exists(path)):
+            parser.error(f"{path} must not exist yet, and takes one of --weights")
     return args
+
+
+def hold_out(data, n):
+    """Return n of the training images, their labels, and the indices of the other ones.
+
+    Of a dataset with classes, only images that have a label count.
+    """
+    indices = (data.train_labels >= (0 if data.classes else -1)).nonzero().flatten()
+    if n >= len(indices):
+        raise DataError(f"--validation {n}: choose less than the {len(indices)} training images")
+    indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
+    return data.train_images[indices[:n]], data.train_labels[indices[:n]], indices[n:].sort().values
+
+
+def print_row(name, results, test_labels, knn, begun):
+    """Print a row of the table; return {number of labels: accuracies in percent}.
+
+    `results` maps a number of labels to [(predictions, C) of each draw].
+    """
+    scores = {
+        n: [100 * (guesses == test_labels).double().mean().item() for guesses, _ in draws]
+        for n, draws in results.items()
+    }
+    for x in scores.values():
+        deviation = f" ± {statistics.stdev(x):.2f}" if len(x) > 1 else ""
+        name += f"{f'{statistics.mean(x):.2f}{deviation}':>15}"
+    guesses, strength = results[max(results)][-1]
+    f1 = 100 * f1_score(test_labels.cpu(), guesses.cpu(), average="macro")
+    seconds = time.perf_counter() - begun
+    print(f"{name}{f1:>10.2f}{knn:>7}{strength:>6}{seconds:>5.0f}", flush=True)
+    return scores
 
 
 def main(argv=None):
     """Print a table of how well pixels, random features and learnt features tell classes apart."""
-    from sklearn.metrics import classification_report, confusion_matrix, f1_score
-
     args = parse_args(argv)
     loaded = {path: load_encoder(path) for path in args.weights}
-    checkpoint = loaded[args.weights[0]][1]
+    encoder, checkpoint = loaded[args.weights[0]]
     trained = checkpoint["args"]
+    _, channels, _, size = trained["images"]
     for path, (_, other) in loaded.items():
-        for key in ("dataset", "images", "backbone"):
-            if other["args"][key] != trained[key]:
-                raise DataError(
-                    f"{path} has {key} {other['args'][key]}, {args.weights[0]} "
-                    f"{trained[key]}: compare them in separate runs"
-                )
-    if args.plot:
-        Path(args.plot).mkdir(parents=True, exist_ok=True)
-    shape = trained["backbone"], trained["images"][1], trained["images"][3]
+        if other["args"]["images"][1:] != trained["images"][1:]:
+            raise DataError(f"{path} takes images of another size than {args.weights[0]}")
+        if other["args"]["backbone"] != trained["backbone"]:
+            raise DataError(f"{path} has another backbone than {args.weights[0]}")
     dataset = args.dataset or trained["dataset"]
-    data = load_dataset(dataset, args.data_dir, shape[2])
-    if data.train_images.shape[1:] != (shape[1], shape[2], shape[2]):
-        raise DataError(
-            f"{dataset} has images of {tuple(data.train_images.shape[1:])}, "
-            f"{args.weights[0]} takes {(shape[1], shape[2], shape[2])}"
-        )
-    mean, std = data.mean.to(args.device), data.std.to(args.device)
-    n_classes, everything = len(data.classes), (data.train_labels >= 0).nonzero().flatten()
-    draws = {
-        budget: [
-            draw_labels(data.train_labels, budget, args.seed + trial)
-            for trial in range(args.trials)
-        ]
-        for budget in sorted(n for n in args.labels if n != "all")
-    }
+    data = load_dataset(dataset, args.data_dir, size, args.device)
+    images, labels, classes = data.train_images, data.train_labels, data.classes
+    if images.shape[1] != channels:
+        raise DataError(f"{dataset} has {images.shape[1]} channels, {args.weights[0]} {channels}")
+    if args.export:
+        return export(encoder, images, args.export)
+    if args.embed:
+        return embed(encoder.to(args.device), data, args.embed)
+
+    test_images, test_labels = data.test_images, data.test_labels
+    known = (labels >= 0).nonzero().flatten()
+    if args.validation or not classes:  # pictures need no more than 500 queries
+        n = args.validation or min(500, len(images) // 2)
+        test_images, test_labels, known = hold_out(data, n)
+    if not classes and not args.plot:
+        raise DataError(f"{dataset} has no labels: pass --plot, --embed or a labelled --dataset")
+    if len(test_images) == 0:
+        raise DataError(f"{dataset} has no test images: hold some out with --validation N")
+    draws = {}
+    for budget in sorted(int(n) for n in args.labels if n != "all"):
+        seeds = range(10_000 * args.seed, 10_000 * args.seed + args.trials)
+        draws[budget] = [draw_labels(labels, known, budget, seed) for seed in seeds]
     if "all" in args.labels:
-        draws[len(everything)] = [everything]
-    most = max(draws)
-    used = torch.cat([indices for trials in draws.values() for indices in trials]).unique()
-    step = math.ceil(len(data.test_labels) / 1000)  # as many points as a map can show
-    queries = data.test_labels.argsort(stable=True)[:: math.ceil(len(data.test_labels) / 10)]
+        draws[len(known)] = [known]
+    used = torch.cat([indices for some in draws.values() for indices in some]).unique()
+    most, everything = draws[max(draws)][-1], torch.arange(len(test_images))
+    shown = everything[:: math.ceil(len(everything) / 1000)]  # as many as a map can show
+    queries = test_labels.argsort(stable=True)[:: math.ceil(len(everything) / 10)]  # of all classes
 
     torch.manual_seed(args.seed)
-    frozen = {"raw pixels": nn.Flatten(), "random init": build_backbone(*shape)}  # always h
-    frozen |= {path: encoder for path, (encoder, _) in loaded.items()}
-    before = {path: deepcopy(encoder.state_dict()) for path, (encoder, _) in loaded.items()}
-    tasks = [(name, network, 0) for name, network in frozen.items()]  # learning rate 0: a probe
-    tasks += [("labels only", build_backbone(*shape), SCRATCH_LR)][: args.baselines]
-    tasks += [(f"{path} fine-tuned", frozen[path], FINETUNE_LR) for path in loaded if args.finetune]
-    width = max(len(name) for name, *_ in tasks) + 1
-    print(
-        f"{dataset}, {shape[0]}, {len(data.test_images):,} test images. Accuracy in percent; "
-        f"macro-F1, kNN, C: last draw of {most:,}.\n\n{'':<{width}}"
-        + "".join(f"{f'{n:,} labels':>15}" for n in draws)
-        + "  macro-F1    kNN     C    s"
-    )
-    scores, features, guesses, nearest = {}, {}, {}, {}
-    for name, network, lr in tasks:
-        begun, scores[name], strength, knn = time.perf_counter(), {}, "-", "-"
-        if not lr:
-            network.to(args.device)
-            train, test = (
-                extract_features(network, images, mean, std, f"{name}: features")
-                for images in (data.train_images[used], data.test_images)
-            )
+    random_init = build_backbone(trained["backbone"], channels, size)
+    moments = data.mean.tolist(), data.std.tolist()
+    encoders = {"raw pixels": normalized(nn.Flatten(), *moments)}
+    encoders |= {"random init": normalized(random_init, *moments)}
+    encoders |= {path: encoder for path, (encoder, _) in loaded.items()}
+    width = max(map(len, encoders)) + 12 * args.finetune
+    if classes:
+        print(f"{dataset}, {trained['backbone']}, {len(everything):,} images to score on. Accuracy")
+        print(f"in percent; macro-F1, kNN and C: last draw of {len(most):,} labels.\n")
+        columns = "".join(f"{f'{n:,} labels':>15}" for n in draws)
+        print(f"{'':<{width}}{columns}  macro-F1    kNN     C    s")
 
-            def of(indices, train=train):  # features of these training images, not copied if all
-                rows = torch.searchsorted(used, indices)
-                return train if len(rows) == len(train) else train[rows]
+    scores, features, neighbours = {}, {}, {}
+    for name, encoder in encoders.items():
+        begun = time.perf_counter()
+        train = extract_features(encoder.to(args.device), images, used)
+        test = extract_features(encoder, test_images, everything)
+        bank = train[torch.searchsorted(used, most)]
+        if classes:
+            knn = f"{knn_accuracy(bank, labels[most], test, test_labels):.2f}"
+            results = {}
+            for n, some in draws.items():
+                rows = [torch.searchsorted(used, indices) for indices in some]
+                results[n] = [
+                    linear_probe(train[i], labels[used[i]], test, len(classes)) for i in rows
+                ]
+            scores[name] = print_row(f"{name:<{width}}", results, test_labels, knn, begun)
+            if name in loaded and args.report:
+                guesses = results[max(draws)][-1][0].cpu()
+                print(classification_report(test_labels.cpu(), guesses, target_names=classes))
+                print("rows: classes, columns: predictions")
+                print(confusion_matrix(test_labels.cpu(), guesses))
+        if args.plot and name != "raw pixels":
+            cosines = F.normalize(test[queries], dim=1) @ F.normalize(bank, dim=1).T
+            neighbours[name] = most[cosines.topk(min(8, len(most))).indices]  # (10, 8)
+            features[name] = test[shown]
 
-            bank, labels = of(draws[most][-1]), data.train_labels[draws[most][-1]]
-            knn = knn_accuracy(bank, labels, test, data.test_labels, progress=f"{name}: kNN")
-            knn = f"{knn:.2f}"
-        for n, trials in draws.items():
-            scores[name][n] = []
-            for trial, indices in enumerate(trials):
-                labels, title = data.train_labels[indices], f"{name}: {n:,} labels ({trial + 1})"
-                if lr:
-                    model = train_with_labels(
-                        deepcopy(network),
-                        data.train_images[indices],
-                        labels,
-                        n_classes,
-                        mean,
-                        std,
-                        lr,
-                        args.seed + trial,
-                        title,
-                    )
-                    logits = extract_features(model, data.test_images, mean, std)  # (N, K)
-                    predicted = logits.argmax(dim=1).cpu()
-                else:
-                    predicted, strength = linear_probe(of(indices), labels, test, n_classes, title)
-                correct = (predicted == data.test_labels).double().mean().item()
-                scores[name][n].append(100 * correct)
-        cells = [
-            f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" if len(x) > 1 else f"{x[0]:.2f}"
-            for x in scores[name].values()
-        ]
-        f1 = 100 * f1_score(data.test_labels, predicted, average="macro")
-        print(
-            f"{name:<{width}}" + "".join(f"{cell:>15}" for cell in cells),
-            f"{f1:>9.2f}{knn:>7}{strength:>6}{time.perf_counter() - begun:>5.0f}",
-            flush=True,
-        )
-        if name in loaded and args.report:
-            print(
-                classification_report(data.test_labels, predicted, target_names=data.classes),
-                "rows: true classes, columns: predictions",
-                confusion_matrix(data.test_labels, predicted),
-                sep="\n",
-                flush=True,
-            )
-        if args.plot and not lr and name != "raw pixels":
-            cosines = F.normalize(test[queries], dim=1) @ bank.T / bank.norm(dim=1).clamp_min(1e-12)
-            nearest[name] = draws[most][-1][cosines.topk(min(8, most)).indices.cpu()]  # (10, 8)
-            features[name], guesses[name] = test[::step].cpu(), predicted
-    for path, (encoder, _) in loaded.items():
-        for key, value in encoder.state_dict().items():
-            if not value.cpu().equal(before[path][key]):
-                raise DataError(f"{path}: {key} changed during the evaluation, it was not frozen")
-    print("\nThe weights and buffers of every frozen backbone are as they were.")
+    starts = {"labels only": encoders["random init"]} if args.baselines and classes else {}
+    if args.finetune and classes:
+        starts |= {f"{path} fine-tuned": encoders[path] for path in loaded}
+    for name, start in starts.items():
+        begun, results = time.perf_counter(), {}
+        for n, some in draws.items():
+            results[n] = []
+            for i, seed in zip(some, range(args.seed, args.seed + len(some)), strict=True):
+                network = deepcopy(start)
+                network = train_with_labels(network, images[i], labels[i], len(classes), seed)
+                logits = extract_features(network, test_images, everything)
+                results[n].append((logits.argmax(dim=1), "-"))
+        scores[name] = print_row(f"{name:<{width}}", results, test_labels, "-", begun)
+
     if args.plot:
-        curves = {path: checkpoint["metrics"] for path, (_, checkpoint) in loaded.items()}
-        plot(Path(args.plot), scores, curves, features, step, guesses, nearest, queries, data)
-    if args.export:
-        export(encoder, checkpoint, data, args.export)
+        folder = Path(args.plot)
+        folder.mkdir(parents=True, exist_ok=True)
+        if classes:
+            plot_labels(scores, folder / "labels.png")
+        plot_curves(
+            {path: saved["metrics"] for path, (_, saved) in loaded.items()}, folder / "curves.png"
+        )
+        for path, (_, saved) in loaded.items():
+            stem = "-".join(Path(path).with_suffix("").parts).strip("/-")
+            maps = {name: features[name] for name in ("random init", path)}
+            plot_map(
+                maps, test_images[shown], test_labels[shown], classes, folder / f"map-{stem}.png"
+            )
+            rows = [
+                (
+                    torch.cat([test_images[[query]], images[found]]),
+                    torch.cat([test_labels[[query]], labels[found]]).tolist(),
+                )
+                for query, found in zip(queries.tolist(), neighbours[path], strict=True)
+            ]
+            plot_neighbours(rows, classes, folder / f"neighbours-{stem}.png")
+            script = SCRIPTS.get(saved["args"]["method"], simclr)
+            plot_views(script, test_images[queries], folder / f"views-{stem}.png")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        argparse.ArgumentParser().exit(130, "stopped\n")
-    except (DataError, OSError, torch.OutOfMemoryError) as error:
-        argparse.ArgumentParser().exit(2, f"linear_eval.py: error: {error}\n")
+    except (DataError, OSError, KeyboardInterrupt) as error:
+        sys.exit(str(error) or "stopped")

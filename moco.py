@@ -1,5 +1,4 @@
-"""MoCo v2: Momentum Contrast (He et al. 2019, arxiv.org/abs/1911.05722; Chen et al. 2020,
-arxiv.org/abs/2003.04297).
+"""MoCo v2: Momentum Contrast (He et al. 2019, arxiv.org/abs/1911.05722 and 2003.04297).
 
 A query, made from one view of an image, must find the key made from the other view among thousands
 of keys of other images, the negatives. A queue keeps these from earlier batches. Old and new keys
@@ -11,7 +10,7 @@ can be compared because the key encoder, a running average of the query encoder,
 N images in a batch, D dimensions, K keys in the queue, q a query, k its key.
 
 Unlike the papers: K 4,096, momentum 0.99, a smaller head, warm-up, more weight decay, crops of 0.3
-or more, no blur, since runs are short and images small; batches not shuffled for BatchNorm; colours
+or more, no blur, as runs are short and images small; batches not shuffled for BatchNorm; colours
 change in a fixed order, and hue by rotating RGB.
 """
 
@@ -40,7 +39,7 @@ VIEW_2 = VIEW_1
 
 
 class MoCo(nn.Module):
-    """A query encoder, a key encoder that is its running average, and a queue of keys."""
+    """A query encoder, its running average the key encoder, and a queue of keys."""
 
     def __init__(self, backbone, hidden_dim, projection_dim, queue_size):
         super().__init__()
@@ -72,7 +71,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys):
-        """Append keys (N, D) to the queue (K, D), and drop as many of the oldest."""
+        """Append keys (N, D) to the queue (K, D), and drop the oldest."""
         if dist.is_initialized():  # those of all processes
             parts = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, keys)
@@ -83,7 +82,7 @@ class MoCo(nn.Module):
 def info_nce(q, k, queue, temperature):
     """Return the cross-entropy of query q picking key k out of k and the queue (Eq. 1).
 
-    q, k: (N, D), queue: (K, D), rows of length 1. If all keys fit equally: log(K + 1).
+    q, k: (N, D), queue: (K, D), rows of length 1. If all keys are alike: log(K + 1).
     """
     positive = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
     logits = torch.cat([positive, q @ queue.T], dim=1) / temperature  # (N, 1 + K)
@@ -97,6 +96,7 @@ def train(args):
     data = load_dataset(args.dataset, args.data_dir, args.image_size, args.device)
     images = data.train_images  # (n, C, H, W) uint8, all on the device
     args.images = list(images.shape)
+    args.mean, args.std = data.mean.tolist(), data.std.tolist()
     steps_per_epoch = len(images) // args.batch_size  # a last, smaller batch is left out
     total_steps = args.epochs * steps_per_epoch
     if args.batch_size % world or args.batch_size > len(images):
@@ -271,8 +271,8 @@ def parse_args(argv=None):
     option("--batch-size", type=int, default=128, help="of all processes")
     option("--seed", type=int, default=0)
     option("--dataset", default="fashion-mnist", help=f"{', '.join(DATASETS)} or a folder")
-    option("--data-dir", default="data", help="for a named dataset")
-    option("--image-size", type=int, default=32, help="pixels, for a folder's images")
+    option("--data-dir", default="data", help="downloads, decoded images")
+    option("--image-size", type=int, help="pixels; a folder's default is 32")
     option("--backbone", choices=BACKBONES, default="convnet")
     option("--device", choices=devices, default=devices[-1])
     option("--bf16", action=argparse.BooleanOptionalAction, help="unset: if the GPU has it")
@@ -281,7 +281,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv, argparse.Namespace(method=Path(__file__).stem))
     if args.bf16 is None:
         args.bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(False)
-    ranges = dict(seed=(0, 1e6), batch_size=(2, 1e6), tau=(0, 1), momentum=(0, 1))
+    ranges = dict(seed=(0, 1e6), batch_size=(2, 1e6), momentum=(0, 1))
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1e-6, 1e6))
         if type(value) in (int, float) and not low <= value <= high:

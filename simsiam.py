@@ -80,6 +80,7 @@ def train(args):
     data = load_dataset(args.dataset, args.data_dir, args.image_size, args.device)
     images = data.train_images  # (n, C, H, W) uint8, all on the device
     args.images = list(images.shape)
+    args.mean, args.std = data.mean.tolist(), data.std.tolist()
     steps_per_epoch = len(images) // args.batch_size  # a last, smaller batch is left out
     total_steps = args.epochs * steps_per_epoch
     if args.batch_size % world or args.batch_size > len(images):
@@ -255,8 +256,8 @@ def parse_args(argv=None):
     option("--batch-size", type=int, default=128, help="of all processes")
     option("--seed", type=int, default=0)
     option("--dataset", default="fashion-mnist", help=f"{', '.join(DATASETS)} or a folder")
-    option("--data-dir", default="data", help="for a named dataset")
-    option("--image-size", type=int, default=32, help="pixels, for a folder's images")
+    option("--data-dir", default="data", help="downloads, decoded images")
+    option("--image-size", type=int, help="pixels; a folder's default is 32")
     option("--backbone", choices=BACKBONES, default="convnet")
     option("--device", choices=devices, default=devices[-1])
     option("--bf16", action=argparse.BooleanOptionalAction, help="unset: if the GPU has it")
@@ -265,7 +266,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv, argparse.Namespace(method=Path(__file__).stem))
     if args.bf16 is None:
         args.bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(False)
-    ranges = dict(seed=(0, 1e6), batch_size=(2, 1e6), tau=(0, 1), momentum=(0, 1))
+    ranges = dict(seed=(0, 1e6), batch_size=(2, 1e6))
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1e-6, 1e6))
         if type(value) in (int, float) and not low <= value <= high:
