@@ -217,9 +217,9 @@ def load_folder(folder, data_dir, image_size):
 
 def decode_images(paths, image_size, cache):
     """Decode files on all cores into the file `cache`: (n, 3, image_size, image_size) uint8."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
     unfinished, bad = Path(f"{cache}.{os.getpid()}"), []
     try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor() as pool, unfinished.open("wb") as file:
             decoded = pool.map(lambda path: decode_image(path, image_size), paths)
             for pixels in tqdm(decoded, "decoding", len(paths), leave=False, disable=None):
@@ -233,7 +233,8 @@ def decode_images(paths, image_size, cache):
             f"{cache} cannot be written ({error}): choose another --data-dir"
         ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        if unfinished.exists():
+            unfinished.unlink()
 
 
 def decode_image(path, image_size):

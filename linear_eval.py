@@ -148,7 +148,7 @@ def linear_probe(train, labels, test, n_classes):
     return F.linear(test, weight, bias).argmax(dim=1), best
 
 
-def train_with_labels(encoder, images, labels, n_classes, seed):
+def train_with_labels(encoder, images, labels, classes, seed):
     """Train an encoder and a linear layer on uint8 images (N, C, H, W); return the two as one.
 
     With random weights it shows what labels alone give, with pretrained ones it is fine-tuning.
@@ -158,7 +158,7 @@ def train_with_labels(encoder, images, labels, n_classes, seed):
     device, size = images.device.type, min(BATCH_SIZE, len(images))
     steps = max(STEPS, 10 * len(images) // size)
     torch.manual_seed(seed)
-    head = nn.Linear(backbone.feature_dim, n_classes)
+    head = nn.Linear(backbone.feature_dim, len(classes))
     nn.init.zeros_(head.weight)  # so that the first gradients do not shake a pretrained backbone
     model = nn.Sequential(backbone, head).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), LR, 0.9, weight_decay=5e-4, nesterov=True)
@@ -224,7 +224,7 @@ def panels(width, height, rows=1, columns=1):
 
 def show(axes, image, **options):
     """Draw one uint8 image (C, H, W)."""
-    axes.imshow(image.permute(1, 2, 0).cpu(), cmap="gray", vmin=0, vmax=255, **options)
+    axes.imshow(image.permute(1, 2, 0).cpu().numpy(), cmap="gray", vmin=0, vmax=255, **options)
     axes.set(xticks=[], yticks=[])
 
 
@@ -250,68 +250,81 @@ def plot_curves(metrics, path):
     titles = {"loss": "training loss", "knn": "kNN accuracy (%)", "z_std": "z_std (0: one point)"}
     figure, axes = panels(3 + 2.5 * len(metrics), 7, 3, len(metrics))
     for column, (name, rows) in enumerate(metrics.items()):
-        for box, key in zip(axes[:, column], titles, strict=True):
-            shown = [row for row in rows if key in row]  # kNN is not taken in every epoch
-            box.plot([row["epoch"] for row in shown], [row[key] for row in shown], marker=".")
-            box.set(title=name, xlabel="epoch", ylabel=titles[key], xlim=(0, len(rows) + 1))
-            box.grid(alpha=0.3)
+        for key, boxes in zip(titles, axes, strict=True):
             if key != "loss":  # losses of different methods cannot be compared
-                box.sharey(axes[1 if key == "knn" else 2][0])
-        axes[2][column].set_ylim(0, 1.1)
+                boxes[column].sharey(boxes[0])
+            shown = [row for row in rows if key in row]  # kNN is not taken in every epoch
+            x, y = [row["epoch"] for row in shown], [row[key] for row in shown]
+            boxes[column].plot(x, y, marker=".")
+            boxes[column].set(title=name, xlabel="epoch", ylabel=titles[key])
+            boxes[column].grid(alpha=0.3)
     figure.savefig(path)
 
 
 def plot_map(features, images, labels, classes, path):
     """Draw a t-SNE map for each entry of `features`: coloured points, or pictures if no classes."""
-    figure, [axes] = panels(6.5 * len(features), 6, 1, len(features))
+    figure, [axes] = panels(8 * len(features), 8, 1, len(features))
     for box, (name, values) in zip(axes, features.items(), strict=True):
         tsne = TSNE(perplexity=min(30, math.ceil(len(values) / 4)), random_state=0)
         points = tsne.fit_transform(values.cpu().numpy())
         for k, label in enumerate(classes[:10]):  # there are ten colours
-            box.scatter(*points[(labels == k).cpu().numpy()].T, s=8, color=f"C{k}", label=label)
+            box.scatter(*points[(labels == k).cpu().numpy()].T, s=12, color=f"C{k}", label=label)
         if not classes:
-            size = np.ptp(points, axis=0).max() / 60
-            for image, (x, y) in zip(images, points, strict=True):
-                show(box, image, extent=(x - size, x + size, y - size, y + size))
-            low, high = points.min(axis=0) - size, points.max(axis=0) + size
-            box.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+            half = np.ptp(points, axis=0).max() / 2
+            (x, y), size = points.min(axis=0) + np.ptp(points, axis=0) / 2, half / 30
+            for image, (left, low) in zip(images, points, strict=True):
+                show(box, image, extent=(left - size, left + size, low - size, low + size))
+            half += size
+            box.set(xlim=(x - half, x + half), ylim=(y - half, y + half))
         box.set(title=f"{name}: t-SNE of the features", xticks=[], yticks=[])
     if classes:
         axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)
     figure.savefig(path)
 
 
-def plot_neighbours(rows, classes, path):
-    """Draw rows of (images, labels): the first is the query, the others are its neighbours."""
-    figure, axes = panels(7.5, 8.4, len(rows), len(rows[0][0]))
-    for (images, labels), boxes in zip(rows, axes, strict=True):
-        for image, label, box in zip(images, labels, boxes, strict=True):
-            show(box, image)
-            if classes and label != labels[0]:
-                box.set_xlabel(classes[label], color="C3", fontsize=7, labelpad=1)
+def plot_grid(images, titles, path, labels=None, classes=()):
+    """Draw uint8 images (rows, columns, C, H, W); in red frames those of another class than the
+    first in their row, by `labels` (rows, columns)."""
+    figure, axes = panels(8.4, 8.4, *images.shape[:2])
+    for row, boxes in enumerate(axes):
+        for column, box in enumerate(boxes):
+            show(box, images[row, column])
+            if classes and labels[row, column] != labels[row, 0]:
+                box.set_xlabel(classes[labels[row, column]], color="C3", fontsize=7, labelpad=1)
                 box.spines[:].set(color="C3", linewidth=4)
         if classes:
-            boxes[0].set_ylabel(classes[labels[0]], rotation=0, ha="right")
-    axes[0][0].set_title("query")
-    axes[0][len(rows[0][0]) // 2].set_title(
-        "nearest training images" + ", red: another class" * bool(classes)
-    )
+            boxes[0].set_ylabel(classes[labels[row, 0]], rotation=0, ha="right")
+    for box, title in zip(axes[0], titles, strict=True):
+        box.set_title(title, fontsize=9)
     figure.savefig(path)
 
 
-def plot_views(script, images, path):
-    """Draw a row for each uint8 image: itself, and three times the two views that a method sees."""
-    figure, axes = panels(7, 8.4, len(images), 7)
-    torch.manual_seed(0)
-    x = images / 255
-    views = [x, *(script.augment(x, **view) for view in (script.VIEW_1, script.VIEW_2) * 3)]
-    for column, (title, view) in enumerate(
-        zip(["image", *["view 1", "view 2"] * 3], views, strict=True)
-    ):
-        for image, box in zip((255 * view).byte(), axes[:, column], strict=True):
-            show(box, image)
-        axes[0][column].set_title(title)
-    figure.savefig(path)
+def draw_pictures(loaded, random_init, data, known, folder):
+    """Draw for each checkpoint a map of test images, the nearest of `known` to ten, and views."""
+    count, labels = len(data.test_labels), data.test_labels
+    shown = torch.arange(count)[:: math.ceil(count / 1000)]
+    queries = labels.argsort(stable=True)[:: math.ceil(count / 10)]  # of all classes
+    for path, (encoder, checkpoint) in loaded.items():
+        stem = "-".join(Path(path).with_suffix("").parts).strip("/-")
+        maps = {"random init": random_init, path: encoder}
+        maps = {key: extract_features(net, data.test_images, shown) for key, net in maps.items()}
+        images = data.test_images[shown]
+        plot_map(maps, images, labels[shown], data.classes, folder / f"map-{stem}.png")
+
+        bank = F.normalize(extract_features(encoder, data.train_images, known), dim=1)
+        features = F.normalize(extract_features(encoder, data.test_images, queries), dim=1)
+        nearest = known[(features @ bank.T).topk(min(8, len(known))).indices]  # (10, 8)
+        images = torch.cat([data.test_images[queries, None], data.train_images[nearest]], dim=1)
+        found = torch.cat([labels[queries, None], data.train_labels[nearest]], dim=1)
+        titles = ["query", *map(str, range(1, images.shape[1]))]
+        plot_grid(images, titles, folder / f"neighbours-{stem}.png", found, data.classes)
+
+        script = SCRIPTS.get(checkpoint["args"]["method"], simclr)
+        torch.manual_seed(0)
+        x, views = data.test_images[queries] / 255, (script.VIEW_1, script.VIEW_2) * 3
+        images = torch.stack([x, *(script.augment(x, **view) for view in views)], dim=1)
+        titles = ["image", *["view 1", "view 2"] * 3]
+        plot_grid((255 * images).byte(), titles, folder / f"views-{stem}.png")
 
 
 def parse_args(argv=None):
@@ -347,33 +360,69 @@ def parse_args(argv=None):
 
 
 def hold_out(data, n):
-    """Return n of the training images, their labels, and the indices of the other ones.
+    """Return the data with n training images as its test images, and the indices of the others.
 
     Of a dataset with classes, only images that have a label count.
     """
-    indices = (data.train_labels >= (0 if data.classes else -1)).nonzero().flatten()
-    if n >= len(indices):
-        raise DataError(f"--validation {n}: choose less than the {len(indices)} training images")
-    indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
-    return data.train_images[indices[:n]], data.train_labels[indices[:n]], indices[n:].sort().values
+    known = (data.train_labels >= (0 if data.classes else -1)).nonzero().flatten()
+    if n >= len(known):
+        raise DataError(f"--validation {n}: choose less than the {len(known)} training images")
+    known = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(0))]
+    held = dict(test_images=data.train_images[known[:n]], test_labels=data.train_labels[known[:n]])
+    return data._replace(**held), known[n:].sort().values
 
 
-def print_row(name, results, test_labels, knn, begun):
+def print_row(name, results, test_labels, knn, seconds):
     """Print a row of the table; return {number of labels: accuracies in percent}.
 
     `results` maps a number of labels to [(predictions, C) of each draw].
     """
-    scores = {
-        n: [100 * (guesses == test_labels).double().mean().item() for guesses, _ in draws]
-        for n, draws in results.items()
-    }
-    for x in scores.values():
-        deviation = f" ± {statistics.stdev(x):.2f}" if len(x) > 1 else ""
-        name += f"{f'{statistics.mean(x):.2f}{deviation}':>15}"
+    scores, cells = {}, ""
+    for n, draws in results.items():
+        correct = [(guesses == test_labels).double().mean().item() for guesses, _ in draws]
+        scores[n] = [100 * x for x in correct]
+        deviation = f" ± {statistics.stdev(scores[n]):.2f}" if len(draws) > 1 else ""
+        cells += f"{f'{statistics.mean(scores[n]):.2f}{deviation}':>15}"
     guesses, strength = results[max(results)][-1]
     f1 = 100 * f1_score(test_labels.cpu(), guesses.cpu(), average="macro")
-    seconds = time.perf_counter() - begun
-    print(f"{name}{f1:>10.2f}{knn:>7}{strength:>6}{seconds:>5.0f}", flush=True)
+    print(f"{name}{cells}{f1:>10.2f}{knn:>8}{strength:>6}{seconds:>6.0f}", flush=True)
+    return scores
+
+
+def print_table(rows, frozen, draws, data, report, seed):
+    """Evaluate the encoders in `rows`, frozen or trained on; return {row: print_row's scores}."""
+    everything, width = torch.arange(len(data.test_labels)), max(map(len, rows))
+    used = torch.cat([indices for some in draws.values() for indices in some]).unique()
+    most, labels, scores, last = draws[max(draws)][-1], data.train_labels, {}, {}
+    columns = "".join(f"{f'{n:,} labels':>15}" for n in draws)
+    print(f"Accuracy in percent on {len(everything):,} images. macro-F1, kNN and C belong to the")
+    print(f"last draw of {len(most):,} labels.\n")
+    print(f"{'':<{width}}{columns}  macro-F1     kNN     C     s")
+    for name, encoder in rows.items():
+        begun, knn, results = time.perf_counter(), "-", {n: [] for n in draws}
+        if name in frozen:  # every image once, for all draws
+            train = extract_features(encoder, data.train_images, used)
+            test = extract_features(encoder, data.test_images, everything)
+            bank = train[torch.searchsorted(used, most)]
+            knn = f"{knn_accuracy(bank, labels[most], test, data.test_labels):.2f}"
+        for n, indices in [(n, indices) for n, some in draws.items() for indices in some]:
+            if name in frozen:
+                features = train[torch.searchsorted(used, indices)]
+                result = linear_probe(features, labels[indices], test, len(data.classes))
+            else:
+                images = data.train_images[indices]
+                network = deepcopy(encoder)
+                network = train_with_labels(network, images, labels[indices], data.classes, seed)
+                logits = extract_features(network, data.test_images, everything)
+                result = logits.argmax(dim=1), "-"
+            results[n].append(result)
+        seconds = time.perf_counter() - begun
+        scores[name] = print_row(f"{name:<{width}}", results, data.test_labels, knn, seconds)
+        last[name] = results[max(draws)][-1][0].cpu()
+    for name, guesses in last.items() if report else ():
+        truth = data.test_labels.cpu()
+        print(f"\n{name}\n{classification_report(truth, guesses, target_names=data.classes)}")
+        print(f"rows: classes, columns: predictions\n{confusion_matrix(truth, guesses)}")
     return scores
 
 
@@ -382,119 +431,58 @@ def main(argv=None):
     args = parse_args(argv)
     loaded = {path: load_encoder(path) for path in args.weights}
     encoder, checkpoint = loaded[args.weights[0]]
-    trained = checkpoint["args"]
-    _, channels, _, size = trained["images"]
+    backbone, (_, *shape) = checkpoint["args"]["backbone"], checkpoint["args"]["images"]
     for path, (_, other) in loaded.items():
-        if other["args"]["images"][1:] != trained["images"][1:]:
-            raise DataError(f"{path} takes images of another size than {args.weights[0]}")
-        if other["args"]["backbone"] != trained["backbone"]:
-            raise DataError(f"{path} has another backbone than {args.weights[0]}")
-    dataset = args.dataset or trained["dataset"]
-    data = load_dataset(dataset, args.data_dir, size, args.device)
-    images, labels, classes = data.train_images, data.train_labels, data.classes
-    if images.shape[1] != channels:
-        raise DataError(f"{dataset} has {images.shape[1]} channels, {args.weights[0]} {channels}")
+        if (other["args"]["backbone"], *other["args"]["images"][1:]) != (backbone, *shape):
+            raise DataError(f"{path} and {args.weights[0]} differ in backbone or image size")
+    dataset = args.dataset or checkpoint["args"]["dataset"]
+    data = load_dataset(dataset, args.data_dir, shape[2], args.device)
+    if data.train_images.shape[1] != shape[0]:
+        raise DataError(f"{dataset} has not {shape[0]} channels, which {args.weights[0]} takes")
     if args.export:
-        return export(encoder, images, args.export)
+        return export(encoder, data.train_images, args.export)
     if args.embed:
         return embed(encoder.to(args.device), data, args.embed)
 
-    test_images, test_labels = data.test_images, data.test_labels
-    known = (labels >= 0).nonzero().flatten()
-    if args.validation or not classes:  # pictures need no more than 500 queries
-        n = args.validation or min(500, len(images) // 2)
-        test_images, test_labels, known = hold_out(data, n)
-    if not classes and not args.plot:
+    known = (data.train_labels >= 0).nonzero().flatten()
+    if args.validation:
+        data, known = hold_out(data, args.validation)
+    elif not data.classes and args.plot:  # a map has room for 500 pictures
+        data, known = hold_out(data, min(500, len(data.train_labels) // 2))
+    elif not data.classes:
         raise DataError(f"{dataset} has no labels: pass --plot, --embed or a labelled --dataset")
-    if len(test_images) == 0:
+    elif len(data.test_labels) == 0:
         raise DataError(f"{dataset} has no test images: hold some out with --validation N")
-    draws = {}
-    for budget in sorted(int(n) for n in args.labels if n != "all"):
-        seeds = range(10_000 * args.seed, 10_000 * args.seed + args.trials)
-        draws[budget] = [draw_labels(labels, known, budget, seed) for seed in seeds]
-    if "all" in args.labels:
-        draws[len(known)] = [known]
-    used = torch.cat([indices for some in draws.values() for indices in some]).unique()
-    most, everything = draws[max(draws)][-1], torch.arange(len(test_images))
-    shown = everything[:: math.ceil(len(everything) / 1000)]  # as many as a map can show
-    queries = test_labels.argsort(stable=True)[:: math.ceil(len(everything) / 10)]  # of all classes
 
     torch.manual_seed(args.seed)
-    random_init = build_backbone(trained["backbone"], channels, size)
+    random_init = build_backbone(backbone, shape[0], shape[2])
     moments = data.mean.tolist(), data.std.tolist()
-    encoders = {"raw pixels": normalized(nn.Flatten(), *moments)}
-    encoders |= {"random init": normalized(random_init, *moments)}
-    encoders |= {path: encoder for path, (encoder, _) in loaded.items()}
-    width = max(map(len, encoders)) + 12 * args.finetune
-    if classes:
-        print(f"{dataset}, {trained['backbone']}, {len(everything):,} images to score on. Accuracy")
-        print(f"in percent; macro-F1, kNN and C: last draw of {len(most):,} labels.\n")
-        columns = "".join(f"{f'{n:,} labels':>15}" for n in draws)
-        print(f"{'':<{width}}{columns}  macro-F1    kNN     C    s")
+    frozen = {"raw pixels": normalized(nn.Flatten(), *moments)}
+    frozen["random init"] = normalized(random_init, *moments)
+    frozen |= {path: encoder for path, (encoder, _) in loaded.items()}
+    rows = {name: network.to(args.device) for name, network in frozen.items()}
+    if args.baselines:
+        rows["labels only"] = frozen["random init"]
+    if args.finetune:
+        rows |= {f"{path} fine-tuned": frozen[path] for path in loaded}
 
-    scores, features, neighbours = {}, {}, {}
-    for name, encoder in encoders.items():
-        begun = time.perf_counter()
-        train = extract_features(encoder.to(args.device), images, used)
-        test = extract_features(encoder, test_images, everything)
-        bank = train[torch.searchsorted(used, most)]
-        if classes:
-            knn = f"{knn_accuracy(bank, labels[most], test, test_labels):.2f}"
-            results = {}
-            for n, some in draws.items():
-                rows = [torch.searchsorted(used, indices) for indices in some]
-                results[n] = [
-                    linear_probe(train[i], labels[used[i]], test, len(classes)) for i in rows
-                ]
-            scores[name] = print_row(f"{name:<{width}}", results, test_labels, knn, begun)
-            if name in loaded and args.report:
-                guesses = results[max(draws)][-1][0].cpu()
-                print(classification_report(test_labels.cpu(), guesses, target_names=classes))
-                print("rows: classes, columns: predictions")
-                print(confusion_matrix(test_labels.cpu(), guesses))
-        if args.plot and name != "raw pixels":
-            cosines = F.normalize(test[queries], dim=1) @ F.normalize(bank, dim=1).T
-            neighbours[name] = most[cosines.topk(min(8, len(most))).indices]  # (10, 8)
-            features[name] = test[shown]
-
-    starts = {"labels only": encoders["random init"]} if args.baselines and classes else {}
-    if args.finetune and classes:
-        starts |= {f"{path} fine-tuned": encoders[path] for path in loaded}
-    for name, start in starts.items():
-        begun, results = time.perf_counter(), {}
-        for n, some in draws.items():
-            results[n] = []
-            for i, seed in zip(some, range(args.seed, args.seed + len(some)), strict=True):
-                network = deepcopy(start)
-                network = train_with_labels(network, images[i], labels[i], len(classes), seed)
-                logits = extract_features(network, test_images, everything)
-                results[n].append((logits.argmax(dim=1), "-"))
-        scores[name] = print_row(f"{name:<{width}}", results, test_labels, "-", begun)
-
+    scores, draws = {}, {}  # number of labels: the indices of each draw
+    if data.classes:
+        for budget in sorted(int(n) for n in args.labels if n != "all"):
+            seeds = range(10_000 * args.seed, 10_000 * args.seed + args.trials)
+            draws[budget] = [draw_labels(data.train_labels, known, budget, s) for s in seeds]
+        if "all" in args.labels:
+            draws[len(known)] = [known]
+        print(f"{dataset}, {backbone}. ", end="")
+        scores = print_table(rows, frozen, draws, data, args.report, args.seed)
     if args.plot:
         folder = Path(args.plot)
         folder.mkdir(parents=True, exist_ok=True)
-        if classes:
+        if scores:
             plot_labels(scores, folder / "labels.png")
-        plot_curves(
-            {path: saved["metrics"] for path, (_, saved) in loaded.items()}, folder / "curves.png"
-        )
-        for path, (_, saved) in loaded.items():
-            stem = "-".join(Path(path).with_suffix("").parts).strip("/-")
-            maps = {name: features[name] for name in ("random init", path)}
-            plot_map(
-                maps, test_images[shown], test_labels[shown], classes, folder / f"map-{stem}.png"
-            )
-            rows = [
-                (
-                    torch.cat([test_images[[query]], images[found]]),
-                    torch.cat([test_labels[[query]], labels[found]]).tolist(),
-                )
-                for query, found in zip(queries.tolist(), neighbours[path], strict=True)
-            ]
-            plot_neighbours(rows, classes, folder / f"neighbours-{stem}.png")
-            script = SCRIPTS.get(saved["args"]["method"], simclr)
-            plot_views(script, test_images[queries], folder / f"views-{stem}.png")
+        metrics = {path: checkpoint["metrics"] for path, (_, checkpoint) in loaded.items()}
+        plot_curves(metrics, folder / "curves.png")
+        draw_pictures(loaded, frozen["random init"], data, known, folder)
 
 
 if __name__ == "__main__":

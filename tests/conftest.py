@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -45,6 +46,19 @@ def write_fashion_mnist(folder, n_train=320, n_test=100):
         write_idx(folder / f"{part}-images-idx3-ubyte", images.to(torch.uint8))
         write_idx(folder / f"{part}-labels-idx1-ubyte", labels.to(torch.uint8))
     return folder
+
+
+def write_image(path, pixels):
+    """Write uint8 pixels (3, H, W) as an image file."""
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(path)
+
+
+def write_images(folder, n, channels=(255, 255, 255), size=20):
+    """Write n small images of one colour each, 0.png, 1.png and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, colour in enumerate(torch.rand(n, 3, generator=torch.Generator().manual_seed(n))):
+        pixels = (colour * torch.tensor(channels)).byte()[:, None, None].expand(3, size, size)
+        write_image(folder / f"{i}.png", pixels)
 
 
 def call(folder, script, *options):
