@@ -12,12 +12,13 @@ out; the runs of both kinds alternate, and each number is the median of its epoc
 import argparse
 import contextlib
 import importlib
-import os
+import io
 import resource
 import statistics
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -28,30 +29,19 @@ import common  # noqa: E402
 METHODS = ("simclr", "moco", "byol", "simsiam")
 
 
-def epochs(method, data, options, augment):
+def epochs(method, data, options, augment=True):
     """Train for three epochs; return the images per second of the second and the third."""
-    script, folder = importlib.import_module(method), tempfile.mkdtemp()
-    original = script.augment, script.load_dataset, script.knn_accuracy
-    script.load_dataset, script.knn_accuracy = lambda *args: data, lambda *args: 0.0
-    script.augment = script.augment if augment else lambda x, **view: x
-    out = f"{folder}/run.pt"
-    try:
-        args = script.parse_args(["--epochs", "3", "--out", out, *options])
-        with contextlib.redirect_stdout(open(os.devnull, "w")):
+    script = importlib.import_module(method)
+    other = dict(load_dataset=lambda *args: data, knn_accuracy=lambda *args: 0.0)
+    if not augment:
+        other["augment"] = lambda x, **view: x
+    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(script, **other):
+        args = script.parse_args(["--epochs", "3", "--out", f"{folder}/run.pt", *options])
+        with contextlib.redirect_stdout(io.StringIO()):
             script.train(args)
-        rows = torch.load(out, "cpu", weights_only=True)["metrics"]
-    finally:
-        script.augment, script.load_dataset, script.knn_accuracy = original
-        Path(out).unlink(missing_ok=True)
+        rows = torch.load(args.out, "cpu", weights_only=True)["metrics"]
     images = len(data.train_images) // args.batch_size * args.batch_size
     return [images / row["seconds"] for row in rows[1:]]
-
-
-def peak_memory(device):
-    """MB that this process, or the GPU, has needed at most so far."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main():
@@ -61,12 +51,10 @@ def main():
     parser.add_argument("--images", type=int, default=6400, help="in the training set")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     args, options = parser.parse_known_args()
-    there_is_none = f"{tempfile.mkdtemp()}/run.pt"
-    chosen = importlib.import_module("simclr").parse_args([*options, "--out", there_is_none])
+    chosen = importlib.import_module("simclr").parse_args([*options, "--out", "/no/such/run.pt"])
     data = common.load_dataset(chosen.dataset, chosen.data_dir, chosen.image_size, chosen.device)
-    data = data._replace(
-        train_images=data.train_images[: args.images], train_labels=data.train_labels[: args.images]
-    )
+    images, labels = data.train_images[: args.images], data.train_labels[: args.images]
+    data = data._replace(train_images=images, train_labels=labels)
     gpu = chosen.device == "cuda"
     where = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads"
     print(f"PyTorch {torch.__version__}, {where}, {chosen.backbone}, batches of", end=" ")
@@ -75,16 +63,19 @@ def main():
     for method in args.methods:
         whole, compute = [], []
         for _ in range(args.rounds):
-            whole += epochs(method, data, options, augment=True)
+            whole += epochs(method, data, options)
             compute += epochs(method, data, options, augment=False)
         whole, compute = statistics.median(whole), statistics.median(compute)
-        ratio, memory = compute / whole, peak_memory(chosen.device)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if gpu:
+            memory = torch.cuda.max_memory_allocated() / 2**20
+        ratio = compute / whole
         print(f"{method:<10}{whole:>12,.0f}{compute:>10,.0f}{ratio:>12.2f}{memory:>9,.0f}")
     print("\ntime ratio: of an epoch end to end to one of compute. peak MB: so far.")
 
     print(f"\n{args.methods[0]}, by batch size:")
     for size in (64, 128, 256, 512):
-        found = epochs(args.methods[0], data, [*options, "--batch-size", str(size)], augment=True)
+        found = epochs(args.methods[0], data, [*options, "--batch-size", str(size)])
         print(f"{size:>10}{statistics.median(found):>12,.0f}", flush=True)
 
 

@@ -5,20 +5,15 @@ import math
 
 import pytest
 import torch
-from conftest import METHODS, call
+from conftest import METHODS, call, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-
-
-def train(folder, tiny, name, *options):
-    fixed = ["--data-dir", tiny, "--device", "cuda", "--epochs", "2", "--batch-size", "64"]
-    return call(folder, f"{name}.py", *fixed, *options)
 
 
 @pytest.mark.parametrize("bf16", ["--bf16", "--no-bf16"])
 @pytest.mark.parametrize("name", METHODS)
 def test_two_epochs_on_a_gpu(name, bf16, tiny, tmp_path):
-    process = train(tmp_path, tiny, name, bf16)
+    process = train(tmp_path, tiny, name, "--device", "cuda", bf16)
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith(f"device cuda, bf16 {bf16 == '--bf16'}, processes 1")
     last = torch.load(tmp_path / f"{name}.pt", weights_only=True)["metrics"][-1]
@@ -28,23 +23,22 @@ def test_two_epochs_on_a_gpu(name, bf16, tiny, tmp_path):
     assert process.returncode == 0 and f"{name}.pt" in process.stdout, process.stderr
 
 
+@pytest.mark.parametrize("first, second", [("cuda", "cpu"), ("cpu", "cuda")])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_goes_on_between_devices(name, tiny, tmp_path, monkeypatch):
-    """Started on the GPU, resumed on the CPU and the other way round."""
+def test_a_run_goes_on_between_devices(name, first, second, tiny, tmp_path, monkeypatch):
     script = importlib.import_module(name)
-    for first, second in (("cuda", "cpu"), ("cpu", "cuda")):
-        out = tmp_path / f"{first}.pt"
-        fixed = ["--data-dir", str(tiny), "--epochs", "2", "--batch-size", "64", "--out", str(out)]
+    fixed = ["--data-dir", str(tiny), "--epochs", "2", "--batch-size", "64"]
+    fixed += ["--out", str(tmp_path / "run.pt")]
 
-        def save_and_stop(*args, save=script.save):
-            save(*args)
-            raise SystemExit
+    def save_and_stop(*args, save=script.save):
+        save(*args)
+        raise SystemExit
 
-        with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(script, "save", save_and_stop)
-            script.train(script.parse_args([*fixed, "--device", first]))
-        script.train(script.parse_args([*fixed, "--device", second, "--resume"]))
-        assert len(torch.load(out, weights_only=True)["metrics"]) == 2
+    with pytest.raises(SystemExit), monkeypatch.context() as patch:
+        patch.setattr(script, "save", save_and_stop)
+        script.train(script.parse_args([*fixed, "--device", first]))
+    script.train(script.parse_args([*fixed, "--device", second, "--resume"]))
+    assert len(torch.load(tmp_path / "run.pt", weights_only=True)["metrics"]) == 2
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -66,6 +60,6 @@ def test_a_step_waits_for_nothing(name, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "spread", spread)
     options = ["--data-dir", tiny, "--device", "cuda", "--epochs", 1, "--batch-size", 64]
     try:
-        script.train(script.parse_args([*map(str, options), "--out", str(tmp_path / f"{name}.pt")]))
+        script.train(script.parse_args([*map(str, options), "--out", str(tmp_path / "run.pt")]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
