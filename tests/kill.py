@@ -7,6 +7,8 @@ Prints a line per run.
 """
 
 import argparse
+import hashlib
+import importlib
 import os
 import random
 import signal
@@ -18,30 +20,29 @@ from pathlib import Path
 import torch
 from conftest import METHODS, write_fashion_mnist
 
-RUN = ["--epochs", "3", "--batch-size", "64", "--device", "cpu", "--out", "run.pt"]
+RUN = ["--epochs", "3", "--batch-size", "160", "--device", "cpu", "--out", "run.pt"]
 
 
-def start(folder, method, data, die_at=None):
-    """Fork a child that trains in `folder`; `die_at` = (n, after): it dies at its n-th move."""
+def start(folder, method, data, when=None):
+    """Fork a child that trains in `folder`, and dies "before" or "after" its second move."""
     child = os.fork()
     if child:
         return child
     os.chdir(folder)
     moves, replace = [], os.replace
 
-    def fatal(source, target):
-        moves.append(target)
-        if len(moves) == die_at[0] and not die_at[1]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
-        if len(moves) == die_at[0]:
+    def fatal(*paths):
+        moves.append(paths)
+        if len(moves) < 2 or when == "after":
+            replace(*paths)
+        if len(moves) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if die_at:
+    if when:
         os.replace = fatal
     sys.stdout = open(os.devnull, "w")
     try:
-        script = __import__(method)
+        script = importlib.import_module(method)
         resume = ["--resume"] if Path("run.pt").exists() else []
         script.train(script.parse_args(["--data-dir", str(data), *RUN, *resume]))
         os._exit(0)
@@ -50,14 +51,17 @@ def start(folder, method, data, die_at=None):
         os._exit(1)
 
 
-def state(folder):
-    """All that a finished run left, but for the seconds and --resume itself, as bytes."""
-    saved = torch.load(folder / "run.pt", weights_only=True)
+def state(path):
+    """All that a finished run left, as short texts, but for its seconds, places and --resume."""
+    saved = torch.load(path, weights_only=True)
+    tensors = saved["model"] | {
+        f"momentum {i}": x["momentum_buffer"] for i, x in saved["optimizer"]["state"].items()
+    }
+    found = {k: hashlib.sha256(x.numpy().tobytes()).hexdigest() for k, x in tensors.items()}
+    args = {k: v for k, v in saved["args"].items() if k not in ("out", "data_dir", "resume")}
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in saved["metrics"]]
-    args = {k: v for k, v in saved["args"].items() if k != "resume"}
-    momenta = [x["momentum_buffer"] for x in saved["optimizer"]["state"].values()]
-    tensors = [x.numpy().tobytes() for x in [*saved["model"].values(), *momenta]]
-    return [*tensors, repr((rows, args, saved["optimizer"]["param_groups"], saved["code"]))]
+    groups = saved["optimizer"]["param_groups"]
+    return found | dict(args=args, code=saved["code"], metrics=rows, groups=groups)
 
 
 def main():
@@ -70,25 +74,22 @@ def main():
         base, whole, seconds = Path(base), {}, {}
         data = write_fashion_mnist(base / "data")
         for method in args.methods:
-            folder = base / method
-            folder.mkdir()
+            (base / method).mkdir()
             begun = time.monotonic()
-            assert os.waitpid(start(folder, method, data), 0)[1] == 0
-            seconds[method], whole[method] = time.monotonic() - begun, state(folder)
+            assert os.waitpid(start(base / method, method, data), 0)[1] == 0
+            seconds[method] = time.monotonic() - begun
+            whole[method] = state(base / method / "run.pt")
 
-        points = [(2, False), (2, True)]
-        cases = [(method, point) for method in args.methods for point in points]
-        moves = len(cases)
-        killed, runs = 0, 0
-        while cases or killed < args.kills:
-            method, point = cases.pop() if cases else (random.choice(args.methods), None)
+        cases = [(method, when) for method in args.methods for when in ("before", "after")]
+        at_random, at_moves, runs = 0, 0, 0
+        while cases or at_random < args.kills:
+            method, when = cases.pop() if cases else (random.choice(args.methods), None)
             runs += 1
-            folder = base / f"{runs}"
+            folder, here = base / f"{runs}", 0
             folder.mkdir()
-            here = 0
             while True:
-                child = start(folder, method, data, point if not here else None)
-                if point is None and killed < args.kills:
+                child = start(folder, method, data, when if here == 0 else None)
+                if not when and at_random + here < args.kills:
                     time.sleep(random.uniform(0, seconds[method]))
                     os.kill(child, signal.SIGKILL)
                 status = os.waitpid(child, 0)[1]
@@ -96,13 +97,13 @@ def main():
                     break
                 assert os.WIFSIGNALED(status), "the run failed by itself"
                 here += 1
-                killed += point is None
                 if (folder / "run.pt").exists():  # what is there is whole
                     torch.load(folder / "run.pt", weights_only=True)
-            assert state(folder) == whole[method], f"{method} ended differently"
-            kind = "random moments" if point is None else "the move of a file"
+            assert state(folder / "run.pt") == whole[method], f"{method} ended differently"
+            at_random, at_moves = at_random + here * (not when), at_moves + here * bool(when)
+            kind = "the move of a file" if when else "random moments"
             print(f"{method}: killed {here} times at {kind}, ended the same", flush=True)
-        print(f"{killed} kills at random moments, {moves} at moves of files: all the same")
+        print(f"{at_random} kills at random moments, {at_moves} at moves of files: all the same")
 
 
 if __name__ == "__main__":

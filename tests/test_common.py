@@ -198,7 +198,7 @@ def test_odd_images_load_as_what_they_show(tmp_path, kind):
     elif kind == "turned":  # as cameras do it: the note says that the right side is up
         exif = Image.Exif()
         exif[0x0112] = 8
-        image.rotate(-90).save(path, exif=exif)
+        image.rotate(-90).save(path.with_suffix(".png"), exif=exif)
     else:
         image.convert(kind).save(path)
     first = common.load_dataset(str(path.parent), tmp_path, 20).train_images[0].float()
