@@ -28,18 +28,16 @@ def start(folder, method, data, when=None):
     child = os.fork()
     if child:
         return child
-    os.chdir(folder)
-    moves, replace = [], os.replace
 
-    def fatal(*paths):
+    def fatal(*paths, moves=[], replace=os.replace):  # noqa: B006
         moves.append(paths)
         if len(moves) < 2 or when == "after":
             replace(*paths)
         if len(moves) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if when:
-        os.replace = fatal
+    os.replace = fatal if when else os.replace
+    os.chdir(folder)
     sys.stdout = open(os.devnull, "w")
     try:
         script = importlib.import_module(method)
@@ -53,15 +51,13 @@ def start(folder, method, data, when=None):
 
 def state(path):
     """All that a finished run left, as short texts, but for its seconds, places and --resume."""
-    saved = torch.load(path, weights_only=True)
-    tensors = saved["model"] | {
-        f"momentum {i}": x["momentum_buffer"] for i, x in saved["optimizer"]["state"].items()
-    }
+    saved, free = torch.load(path, weights_only=True), ("out", "data_dir", "resume", "seconds")
+    states = saved["optimizer"]["state"]
+    tensors = saved["model"] | {i: state["momentum_buffer"] for i, state in states.items()}
     found = {k: hashlib.sha256(x.numpy().tobytes()).hexdigest() for k, x in tensors.items()}
-    args = {k: v for k, v in saved["args"].items() if k not in ("out", "data_dir", "resume")}
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in saved["metrics"]]
-    groups = saved["optimizer"]["param_groups"]
-    return found | dict(args=args, code=saved["code"], metrics=rows, groups=groups)
+    for i, part in enumerate([saved["args"], *saved["metrics"]]):
+        found[f"part {i}"] = {k: v for k, v in part.items() if k not in free}
+    return found | dict(code=saved["code"], groups=saved["optimizer"]["param_groups"])
 
 
 def main():
@@ -71,38 +67,34 @@ def main():
     args = parser.parse_args()
     random.seed(0)
     with tempfile.TemporaryDirectory() as base:
-        base, whole, seconds = Path(base), {}, {}
-        data = write_fashion_mnist(base / "data")
+        data, whole, seconds = write_fashion_mnist(Path(base, "data")), {}, {}
         for method in args.methods:
-            (base / method).mkdir()
-            begun = time.monotonic()
-            assert os.waitpid(start(base / method, method, data), 0)[1] == 0
+            folder, begun = Path(tempfile.mkdtemp(dir=base)), time.monotonic()
+            assert os.waitpid(start(folder, method, data), 0)[1] == 0
             seconds[method] = time.monotonic() - begun
-            whole[method] = state(base / method / "run.pt")
+            whole[method] = state(folder / "run.pt")
 
         cases = [(method, when) for method in args.methods for when in ("before", "after")]
-        at_random, at_moves, runs = 0, 0, 0
-        while cases or at_random < args.kills:
+        kills = {"random moments": 0, "moves of files": 0}
+        while cases or kills["random moments"] < args.kills:
             method, when = cases.pop() if cases else (random.choice(args.methods), None)
-            runs += 1
-            folder, here = base / f"{runs}", 0
-            folder.mkdir()
+            kind = "moves of files" if when else "random moments"
+            folder, here = Path(tempfile.mkdtemp(dir=base)), 0
             while True:
-                child = start(folder, method, data, when if here == 0 else None)
-                if not when and at_random + here < args.kills:
+                child = start(folder, method, data, None if here else when)
+                if not when and kills[kind] < args.kills:
                     time.sleep(random.uniform(0, seconds[method]))
                     os.kill(child, signal.SIGKILL)
                 status = os.waitpid(child, 0)[1]
                 if status == 0:
                     break
                 assert os.WIFSIGNALED(status), "the run failed by itself"
-                here += 1
+                here, kills[kind] = here + 1, kills[kind] + 1
                 if (folder / "run.pt").exists():  # what is there is whole
                     torch.load(folder / "run.pt", weights_only=True)
             assert state(folder / "run.pt") == whole[method], f"{method} ended differently"
-            at_random, at_moves = at_random + here * (not when), at_moves + here * bool(when)
-            kind = "the move of a file" if when else "random moments"
             print(f"{method}: killed {here} times at {kind}, ended the same", flush=True)
+        at_random, at_moves = kills.values()
         print(f"{at_random} kills at random moments, {at_moves} at moves of files: all the same")
 
 

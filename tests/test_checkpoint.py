@@ -1,6 +1,6 @@
 """Checkpoints, --resume, kills, Ctrl-C, and everything that is refused in one line."""
 
-import importlib
+import atexit
 import os
 import shutil
 import signal
@@ -24,20 +24,10 @@ def refused(process, words):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory):
-    """The folder of two finished epochs of each script, and what the programs printed."""
-    folder, printed = tmp_path_factory.mktemp("whole"), {}
-    for name in METHODS:  # the folder new/ is made for the checkpoint
-        process = train(folder, tiny, name, "--out", f"new/{name}.pt")
-        assert process.returncode == 0 and process.stderr == "", process.stderr
-        printed[name] = process.stdout
-    return folder / "new", printed
-
-
-@pytest.fixture(scope="module")
-def half(tiny, tmp_path_factory):
-    """The folder of runs that got Ctrl-C after one of two epochs, and the ended programs."""
-    folder, ended = tmp_path_factory.mktemp("half"), {}
+def runs(tiny, tmp_path_factory):
+    """Folders of runs of two epochs that ended, and that got Ctrl-C after one; both outputs."""
+    whole, half = tmp_path_factory.mktemp("whole") / "new", tmp_path_factory.mktemp("half")
+    ended = {name: train(half, tiny, name, "--out", whole / f"{name}.pt") for name in METHODS}
 
     def replace_and_interrupt(*paths, replace=os.replace):
         replace(*paths)
@@ -47,68 +37,65 @@ def half(tiny, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", replace_and_interrupt)
         try:
-            for name in METHODS:
-                ended[name] = train(folder, tiny, name)
+            stopped = {name: train(half, tiny, name) for name in METHODS}
         except KeyboardInterrupt:  # else it would end pytest
             pytest.fail("a script has let Ctrl-C through")
         finally:
             signal.signal(signal.SIGINT, before)
-    return folder, ended
+    return whole, half, ended, stopped
+
+
+@pytest.fixture
+def half(runs):
+    return runs[1]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_prints_a_line_per_epoch_and_leaves_a_checkpoint(whole, name):
-    folder, printed = whole
+def test_what_a_run_prints_and_leaves_when_it_ends_and_at_ctrl_c(runs, name):
+    folder, _, ended, stopped = runs
     saved = torch.load(folder / f"{name}.pt", weights_only=True)
     assert set(saved) == {"args", "code", "metrics", "model", "optimizer"}
     assert saved["code"] == (ROOT / f"{name}.py").read_text()
     assert saved["args"]["method"] == name and saved["args"]["images"] == [320, 1, 28, 28]
     assert len(saved["args"]["mean"]) == len(saved["args"]["std"]) == 1
-    first, *epochs = printed[name].strip().splitlines()
-    assert first == "device cpu, bf16 False, processes 1"
     rows = saved["metrics"]
+    lines = ["  ".join(f"{key} {row[key]:.5g}" for key in row) for row in rows]
+    assert ended[name].returncode == 0 and ended[name].stderr == ""
+    assert ended[name].stdout.splitlines() == ["device cpu, bf16 False, processes 1", *lines]
     assert [row["epoch"] for row in rows] == [1, 2]
-    assert epochs == ["  ".join(f"{key} {row[key]:.5g}" for key in row) for row in rows]
     assert list(rows[1]) == ["epoch", "loss", "z_std", "seconds", "knn"]
     assert rows[1]["knn"] > 20 and 0 < rows[1]["z_std"] < 1.5 and rows[1]["seconds"] > 0
     assert not list(folder.glob("*.tmp"))
+    # Ctrl-C: in the first epoch's checkpoint, before its line.
+    assert stopped[name].returncode == 1 and len(stopped[name].stdout.splitlines()) == 1
+    assert stopped[name].stderr == "stopped: if --out exists, --resume goes on\n"
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_ctrl_c_says_how_to_go_on(half, name):
-    process = half[1][name]
-    assert process.returncode == 1 and len(process.stdout.splitlines()) == 1
-    assert process.stderr == "stopped: if --out exists, --resume goes on\n"
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_resumed_run_ends_as_if_never_stopped(whole, half, tiny, tmp_path, name):
-    """Also under another name, and with the data in another folder."""
-    shutil.copy(half[0] / f"{name}.pt", tmp_path / "renamed.pt")
+def test_a_resumed_run_ends_as_if_never_stopped(runs, tiny, tmp_path, name):
+    """Also under another name, and with the data in another folder. Once more changes nothing."""
+    shutil.copy(runs[1] / f"{name}.pt", tmp_path / "renamed.pt")
     shutil.copytree(tiny, tmp_path / "data")
     process = train(tmp_path, "data", name, "--resume", "--out", "renamed.pt")
     assert process.returncode == 0 and process.stdout.splitlines()[1].startswith("epoch 2 ")
-    assert state(tmp_path / "renamed.pt") == state(whole[0] / f"{name}.pt")
-
-
-def test_resuming_a_finished_run_changes_nothing(whole, tiny):
-    before = (whole[0] / "byol.pt").read_bytes()
-    process = train(whole[0], tiny, "byol", "--resume")
+    assert state(tmp_path / "renamed.pt") == state(runs[0] / f"{name}.pt")
+    before = (tmp_path / "renamed.pt").read_bytes()
+    process = train(tmp_path, tiny, name, "--resume", "--out", "renamed.pt")
     assert process.returncode == 0 and "epoch" not in process.stdout
-    assert (whole[0] / "byol.pt").read_bytes() == before
+    assert (tmp_path / "renamed.pt").read_bytes() == before
 
 
 def test_resume_needs_the_same_options_images_and_method(half, tiny, tmp_path):
-    path, other = half[0] / "byol.pt", write_fashion_mnist(tmp_path, 200, 20)
+    path, other = half / "byol.pt", write_fashion_mnist(tmp_path, 200, 20)
     before = path.read_bytes()
     changes = [("lr", 0.7, 0.3), ("epochs", 3, 2), ("batch_size", 32, 64), ("seed", 1, 0)]
     changes += [("tau", 0.9, 0.99), ("hidden_dim", 64, 512), ("backbone", "resnet18", "convnet")]
     for name, new, old in changes:
-        process = train(half[0], tiny, "byol", "--resume", f"--{name.replace('_', '-')}", new)
+        process = train(half, tiny, "byol", "--resume", f"--{name.replace('_', '-')}", new)
         refused(process, f"byol.pt has {name} {old}, not {new}")
     words = "byol.pt has images [320, 1, 28, 28], not [200, 1, 28, 28]"
-    refused(train(half[0], other, "byol", "--resume"), words)
-    process = train(half[0], tiny, "simclr", "--resume", "--out", "byol.pt")
+    refused(train(half, other, "byol", "--resume"), words)
+    process = train(half, tiny, "simclr", "--resume", "--out", "byol.pt")
     refused(process, "byol.pt has method byol, not simclr")
     assert path.read_bytes() == before
 
@@ -129,15 +116,13 @@ def test_killed_runs_end_as_if_never_killed():
     assert "2 kills at random moments, 2 at moves of files: all the same" in process.stdout
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_loss_that_is_not_finite_ends_the_run_before_the_good_checkpoint(
-    half, tiny, name, monkeypatch
-):
+def test_a_loss_that_is_not_finite_spares_the_checkpoint(half, tiny, monkeypatch):
     monkeypatch.setattr(NORMALIZE, lambda x, *_: x * float("nan"))
-    before = (half[0] / f"{name}.pt").read_bytes()
-    process = train(half[0], tiny, name, "--resume")
-    refused(process, "the loss became nan in epoch 2: lower --lr")
-    assert (half[0] / f"{name}.pt").read_bytes() == before
+    for name in METHODS:
+        before = (half / f"{name}.pt").read_bytes()
+        process = train(half, tiny, name, "--resume")
+        refused(process, "the loss became nan in epoch 2: lower --lr")
+        assert (half / f"{name}.pt").read_bytes() == before
 
 
 def test_a_bug_keeps_its_traceback(tiny, tmp_path, monkeypatch):
@@ -159,6 +144,8 @@ OPTIONS = [
     (["moco"], ["--queue-size", "many"], "--queue-size: invalid int value: 'many'"),
     (["byol"], ["--tau", "-0.1"], "--tau -0.1 is not from 0 to 1"),
 ]
+if not torch.cuda.is_available():
+    OPTIONS += [(METHODS, ["--device", "cuda"], "--device: invalid choice: 'cuda'")]
 
 
 @pytest.mark.parametrize("names, options, words", OPTIONS)
@@ -168,16 +155,10 @@ def test_bad_options_are_refused(tiny, tmp_path, names, options, words):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_named(tiny, tmp_path):
-    refused(train(tmp_path, tiny, "byol", "--device", "cuda"), "--device: invalid choice: 'cuda'")
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_processes_must_divide_the_batch(tiny, tmp_path, monkeypatch, name):
-    script = importlib.import_module(name)
-    monkeypatch.setattr(script, "join_processes", lambda args: (0, 3))
-    options = ["--data-dir", str(tiny), "--batch-size", "64", "--device", "cpu"]
-    args = script.parse_args([*options, "--out", str(tmp_path / "none.pt")])
-    with pytest.raises(SystemExit, match="--batch-size 64: use a multiple of 3 up to 320"):
-        script.train(args)
+def test_processes_must_divide_the_batch(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda: None)
+    monkeypatch.setattr(atexit, "register", lambda function: None)
+    for name in METHODS:
+        process = train(tmp_path, tiny, name)
+        refused(process, "--batch-size 64: use a multiple of 3 up to 320")

@@ -20,7 +20,7 @@ from conftest import METHODS, ROOT, common
 from torch import nn
 
 # Processes are forked from one that has imported these, as that takes seconds.
-PRELOAD = ["torch.distributed", "torchvision.transforms.v2", "tqdm", "pytest", "PIL.Image"]
+PRELOAD = ["torch.distributed", "torchvision.transforms.v2", "sklearn.datasets", "tqdm", "pytest"]
 
 
 def run(rank, world, port, name, folder, data_dir):
@@ -43,9 +43,8 @@ def run(rank, world, port, name, folder, data_dir):
 
     def first_images(*args):
         data = common.load_dataset(*args)
-        return data._replace(
-            train_images=data.train_images[:64], train_labels=data.train_labels[:64]
-        )
+        x, labels = data.train_images[:64], data.train_labels[:64]
+        return data._replace(train_images=x, train_labels=labels)
 
     def save(args, model, optimizer, metrics):
         momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
