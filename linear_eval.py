@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
-from sklearn.metrics import classification_report, confusion_matrix, f1_score
+from sklearn.metrics import classification_report, confusion_matrix
 from torch import nn
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -148,17 +148,17 @@ def linear_probe(train, labels, test, n_classes):
     return F.linear(test, weight, bias).argmax(dim=1), best
 
 
-def train_with_labels(encoder, images, labels, classes, seed):
-    """Train an encoder and a linear layer on uint8 images (N, C, H, W); return the two as one.
+def train_with_labels(encoder, images, labels, n_classes, seed):
+    """Train a copy of an encoder, and a linear layer, on uint8 images (N, C, H, W).
 
-    With random weights it shows what labels alone give, with pretrained ones it is fine-tuning.
-    The method's own SGD, with Nesterov momentum; bf16 on a GPU that has it, as in training.
+    Return the two as one network. Random weights show what labels alone give; with pretrained ones
+    it is fine-tuning. SGD as in the methods, with Nesterov momentum; bf16 on a GPU that has it.
     """
-    scale, normalize, backbone = encoder
+    scale, normalize, backbone = deepcopy(encoder)
     device, size = images.device.type, min(BATCH_SIZE, len(images))
     steps = max(STEPS, 10 * len(images) // size)
     torch.manual_seed(seed)
-    head = nn.Linear(backbone.feature_dim, len(classes))
+    head = nn.Linear(backbone.feature_dim, n_classes)
     nn.init.zeros_(head.weight)  # so that the first gradients do not shake a pretrained backbone
     model = nn.Sequential(backbone, head).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), LR, 0.9, weight_decay=5e-4, nesterov=True)
@@ -373,53 +373,40 @@ def hold_out(data, n):
     return data._replace(**held), known[n:].sort().values
 
 
-def print_row(name, results, test_labels, knn, seconds):
-    """Print a row of the table; return {number of labels: accuracies in percent}.
-
-    `results` maps a number of labels to [(predictions, C) of each draw].
-    """
-    scores, cells = {}, ""
-    for n, draws in results.items():
-        correct = [(guesses == test_labels).double().mean().item() for guesses, _ in draws]
-        scores[n] = [100 * x for x in correct]
-        deviation = f" ± {statistics.stdev(scores[n]):.2f}" if len(draws) > 1 else ""
-        cells += f"{f'{statistics.mean(scores[n]):.2f}{deviation}':>15}"
-    guesses, strength = results[max(results)][-1]
-    f1 = 100 * f1_score(test_labels.cpu(), guesses.cpu(), average="macro")
-    print(f"{name}{cells}{f1:>10.2f}{knn:>8}{strength:>6}{seconds:>6.0f}", flush=True)
-    return scores
-
-
 def print_table(rows, frozen, draws, data, report, seed):
-    """Evaluate the encoders in `rows`, frozen or trained on; return {row: print_row's scores}."""
+    """Evaluate the encoders in `rows`, frozen or trained on; return {row: {labels: accuracies}}.
+
+    `draws` maps a number of labels to the indices (n,) of each draw, the largest number last.
+    """
     everything, width = torch.arange(len(data.test_labels)), max(map(len, rows))
-    used = torch.cat([indices for some in draws.values() for indices in some]).unique()
-    most, labels, scores, last = draws[max(draws)][-1], data.train_labels, {}, {}
     columns = "".join(f"{f'{n:,} labels':>15}" for n in draws)
-    print(f"Accuracy in percent on {len(everything):,} images. macro-F1, kNN and C belong to the")
-    print(f"last draw of {len(most):,} labels.\n")
-    print(f"{'':<{width}}{columns}  macro-F1     kNN     C     s")
+    print(f"Accuracy in percent on {len(everything):,} images. kNN and C belong to the last draw")
+    print(f"of {max(draws):,} labels.\n\n{'':<{width}}{columns}     kNN     C     s")
+    scores, last = {name: {} for name in rows}, {}
     for name, encoder in rows.items():
-        begun, knn, results = time.perf_counter(), "-", {n: [] for n in draws}
-        if name in frozen:  # every image once, for all draws
-            train = extract_features(encoder, data.train_images, used)
+        begun, cells, knn, strength = time.perf_counter(), "", "-", "-"
+        if name in frozen:
             test = extract_features(encoder, data.test_images, everything)
-            bank = train[torch.searchsorted(used, most)]
-            knn = f"{knn_accuracy(bank, labels[most], test, data.test_labels):.2f}"
-        for n, indices in [(n, indices) for n, some in draws.items() for indices in some]:
-            if name in frozen:
-                features = train[torch.searchsorted(used, indices)]
-                result = linear_probe(features, labels[indices], test, len(data.classes))
-            else:
-                images = data.train_images[indices]
-                network = deepcopy(encoder)
-                network = train_with_labels(network, images, labels[indices], data.classes, seed)
-                logits = extract_features(network, data.test_images, everything)
-                result = logits.argmax(dim=1), "-"
-            results[n].append(result)
-        seconds = time.perf_counter() - begun
-        scores[name] = print_row(f"{name:<{width}}", results, data.test_labels, knn, seconds)
-        last[name] = results[max(draws)][-1][0].cpu()
+        for n, some in draws.items():
+            scores[name][n] = []
+            for indices in some:
+                labels = data.train_labels[indices]
+                if name in frozen:
+                    train = extract_features(encoder, data.train_images, indices)
+                    guesses, strength = linear_probe(train, labels, test, len(data.classes))
+                else:
+                    images = data.train_images[indices]
+                    network = train_with_labels(encoder, images, labels, len(data.classes), seed)
+                    logits = extract_features(network, data.test_images, everything)
+                    guesses = logits.argmax(dim=1)
+                correct = (guesses == data.test_labels).double().mean().item()
+                scores[name][n].append(100 * correct)
+            deviation = f" ± {statistics.stdev(scores[name][n]):.2f}" if len(some) > 1 else ""
+            cells += f"{f'{statistics.mean(scores[name][n]):.2f}{deviation}':>15}"
+        if name in frozen:
+            knn = f"{knn_accuracy(train, labels, test, data.test_labels):.2f}"
+        seconds, last[name] = time.perf_counter() - begun, guesses.cpu()
+        print(f"{name:<{width}}{cells}{knn:>8}{strength:>6}{seconds:>6.0f}", flush=True)
     for name, guesses in last.items() if report else ():
         truth = data.test_labels.cpu()
         print(f"\n{name}\n{classification_report(truth, guesses, target_names=data.classes)}")
