@@ -14,7 +14,7 @@ z = projector(h) its embedding. linear_eval.py evaluates h: z drops more of what
 views, such as colour.
 
 Unlike the paper: SGD with weight decay 5e-4 on all weights, not LARS, which is for batches of
-thousands; a smaller head; crops of at least 0.3 of the area, colours at half strength and no blur,
+thousands; a smaller head; crops of at least 0.2 of the area, colours at half strength and no blur,
 as images are small; a fixed order of colour changes, and hue by rotating RGB.
 """
 
@@ -37,7 +37,7 @@ from common import BACKBONES, DATASETS, DataError, build_backbone, load_dataset
 
 # area: of a crop, as a fraction. mirror, grayscale: probabilities.
 # jitter: largest change of brightness, contrast, saturation, hue.
-VIEW_1 = dict(area=(0.3, 1), mirror=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
+VIEW_1 = dict(area=(0.2, 1), mirror=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
 VIEW_2 = VIEW_1
 
 

@@ -92,7 +92,7 @@ def test_turn_hue_is_a_rotation():
 @pytest.mark.parametrize("script, view", VIEWS)
 def test_views_are_cut_and_mirrored_as_documented(script, view):
     """Area uniform, aspect log-uniform from 3/4 to 4/3, anywhere in the image, half mirrored."""
-    view = getattr(script, view)
+    view, smallest = getattr(script, view), 0.2 if script is simclr else 0.3
     torch.manual_seed(0)
     line = torch.tensor([-0.75, -0.25, 0.25, 0.75]).expand(4, 4)  # pixels say where they are
     x = (torch.stack([line, line.T, 0 * line]).expand(N, 3, 4, 4) + 1) / 2
@@ -101,7 +101,7 @@ def test_views_are_cut_and_mirrored_as_documented(script, view):
     height = 2 * (y[:, 1, 2, 1] - y[:, 1, 1, 1])
     assert share(width < 0) == 0.5
     width = width.abs()
-    assert uniform(width * height, 0.3, 1) and max(width.max(), height.max()) < 1 + 1e-4
+    assert uniform(width * height, smallest, 1) and max(width.max(), height.max()) < 1 + 1e-4
     small = width * height < 0.7  # larger ones have less aspect, as 4:3 would stick out
     width, height, y = width[small], height[small], y[small]
     draws = [(width / height).log() / math.log(4 / 3)]

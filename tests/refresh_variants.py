@@ -1,0 +1,48 @@
+"""Fit the diffs in docs/variants/ to scripts that have changed, and name those that conflict.
+
+python tests/refresh_variants.py
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def git(folder, *arguments):
+    """Run git in a folder; return the finished process."""
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+
+
+def refresh(path):
+    """Return the diff at `path` made anew from today's scripts, or None if it does not apply."""
+    with tempfile.TemporaryDirectory() as folder:
+        for script in ROOT.glob("*.py"):
+            shutil.copy(script, folder)
+        git(folder, "init")
+        git(folder, "add", ".")
+        # One line around a change must still be there.
+        if git(folder, "apply", "-C1", path).returncode:
+            return None
+        git(folder, "add", "--intent-to-add", ".")
+        return git(folder, "diff", "--find-copies-harder", "--find-copies=50%").stdout
+
+
+def main():
+    """Rewrite the diffs that still apply."""
+    conflicts = []
+    for path in sorted((ROOT / "docs" / "variants").glob("*.diff")):
+        diff = refresh(path)
+        if diff:
+            path.write_text(diff)
+        else:
+            conflicts.append(path.name)
+    if conflicts:
+        sys.exit(f"does not apply any more, mend by hand: {', '.join(conflicts)}")
+
+
+if __name__ == "__main__":
+    main()
