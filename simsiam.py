@@ -251,7 +251,7 @@ def parse_args(argv=None):
     option, devices = parser.add_argument, ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
     option("--projection-dim", type=int, default=512, help="D; paper: 2048")
     option("--bottleneck-dim", type=int, default=128, help="hidden, in the predictor; paper: 512")
-    option("--lr", type=float, default=0.2, help="peak rate per 256 images")
+    option("--lr", type=float, default=0.4, help="peak rate per 256 images")
     option("--epochs", type=int, default=100)
     option("--batch-size", type=int, default=128, help="of all processes")
     option("--seed", type=int, default=0)
