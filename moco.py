@@ -9,8 +9,8 @@ can be compared because the key encoder, a running average of the query encoder,
 
 N images in a batch, D dimensions, K keys in the queue, q a query, k its key.
 
-Unlike the papers: K 4,096, momentum 0.99, a smaller head, warm-up, more weight decay, crops of 0.3
-or more, no blur, as runs are short and images small; batches not shuffled for BatchNorm; colours
+Unlike the papers: K 4,096, temperature 0.1, momentum 0.99, a smaller head, warm-up, more weight
+decay and no blur, for short runs and small images; batches not shuffled for BatchNorm; colours
 change in a fixed order, and hue by rotating RGB.
 """
 
@@ -34,7 +34,7 @@ from common import BACKBONES, DATASETS, DataError, build_backbone, load_dataset
 
 # area: of a crop, as a fraction. mirror, grayscale: probabilities.
 # jitter: largest change of brightness, contrast, saturation, hue.
-VIEW_1 = dict(area=(0.3, 1), mirror=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
+VIEW_1 = dict(area=(0.2, 1), mirror=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
 VIEW_2 = VIEW_1
 
 
@@ -265,8 +265,8 @@ def parse_args(argv=None):
     option("--projection-dim", type=int, default=128, help="D")
     option("--queue-size", type=int, default=4096, help="K; at most the images; paper: 65536")
     option("--momentum", type=float, default=0.99, help="of the key encoder; paper: 0.999")
-    option("--temperature", type=float, default=0.2, help="of Eq. 1")
-    option("--lr", type=float, default=0.15, help="peak rate per 256 images")
+    option("--temperature", type=float, default=0.1, help="of Eq. 1; v2: 0.2")
+    option("--lr", type=float, default=0.3, help="peak rate per 256 images")
     option("--epochs", type=int, default=100)
     option("--batch-size", type=int, default=128, help="of all processes")
     option("--seed", type=int, default=0)

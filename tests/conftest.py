@@ -4,9 +4,11 @@ Every run names its device, so the tests say the same on machines with and witho
 """
 
 import contextlib
+import importlib.util
 import io
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ import common  # noqa: E402
 os.environ["OMP_NUM_THREADS"] = "1"  # of programs that tests start; tiny images need no more
 torch.set_num_threads(1)
 METHODS = ("simclr", "moco", "byol", "simsiam")
+DIFFS = {path.stem: path for path in sorted((ROOT / "docs" / "variants").glob("*.diff"))}
 
 
 def write_idx(path, tensor):
@@ -97,3 +100,27 @@ def fashion_mnist():
     if not required and not common.DEBIAN_FASHION_MNIST.is_dir():
         pytest.skip("Fashion-MNIST is not installed: apt-get install dataset-fashion-mnist")
     return common.load_dataset("fashion-mnist", "there-is-no-such-folder")
+
+
+@pytest.fixture(scope="session")
+def variants(tmp_path_factory):
+    """A folder, no repository, with today's scripts and all variants of them."""
+    folder = tmp_path_factory.mktemp("variants")
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, folder)
+    for path in DIFFS.values():
+        subprocess.run(["git", "apply", path], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def load_variant(variants):
+    """A function from the name of a variant to its module."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, variants / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

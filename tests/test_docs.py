@@ -9,12 +9,11 @@ import moco
 import pytest
 import simclr
 import simsiam
-from conftest import METHODS, ROOT
+from conftest import DIFFS, METHODS, ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / f"{name}.py" for name in (*METHODS, "linear_eval")]
 COMMAND = re.compile(r"(?:^|&&) *python3? ([a-z_/]+\.py)(?: +([^#`&\n]*))?", re.MULTILINE)
-VARIANTS = {path.stem for path in (ROOT / "docs" / "variants").glob("*.diff")}
 COMMANDS = sorted({(p.name, *m.groups()) for p in PAGES for m in COMMAND.finditer(p.read_text())})
 
 
@@ -25,7 +24,7 @@ def test_commands_are_found():
 @pytest.mark.parametrize("page, script, options", COMMANDS)
 def test_command_is_accepted(page, script, options, tmp_path, monkeypatch):
     name = script.removesuffix(".py")
-    if name in VARIANTS:  # it has the options of the script that it copies
+    if name in DIFFS:  # it has the options of the script that it copies
         name = name.split("_")[0]
     assert (ROOT / f"{name}.py").is_file(), f"{page} runs {script}"
     if script.startswith("tests/"):

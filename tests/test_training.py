@@ -220,7 +220,7 @@ def test_the_default_settings(tmp_path, monkeypatch):
     heads = dict(hidden_dim=512, projection_dim=128)
     own = {
         "simclr": heads | dict(temperature=0.2, lr=0.25),
-        "moco": heads | dict(temperature=0.2, lr=0.15, momentum=0.99, queue_size=4096),
+        "moco": heads | dict(temperature=0.1, lr=0.3, momentum=0.99, queue_size=4096),
         "byol": heads | dict(tau=0.99, lr=0.3),
         "simsiam": dict(projection_dim=512, bottleneck_dim=128, lr=0.4),
     }

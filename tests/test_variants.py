@@ -1,9 +1,7 @@
 """Each diff in docs/variants/ applies to today's scripts, runs, and does what it says."""
 
-import importlib.util
 import inspect
 import math
-import shutil
 import subprocess
 import sys
 
@@ -11,12 +9,18 @@ import linear_eval
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import METHODS, ROOT, train
+from conftest import DIFFS, METHODS, ROOT, train
 from torch import nn
 
-DIFFS = {path.stem: path for path in sorted((ROOT / "docs" / "variants").glob("*.diff"))}
-TRAINED = [name for name in DIFFS if name.startswith(METHODS)]
+TRAINED = [name for name in DIFFS if name != "linear_eval_z"]
 MOVING = {  # the parts that training changes: those of the longest name that fits
+    "barlow_twins": {"backbone", "projector"},
+    "vicreg": {"backbone", "projector"},
+    "lejepa": {"backbone", "projector"},
+    "supcon": {"backbone", "projector"},
+    "swav": {"backbone", "projector", "prototypes"},
+    "moco_v3": {"backbone", "projector", "key_encoder", "predictor"},
+    "dino": {"backbone", "projector", "target"},
     "simclr": {"backbone", "projector"},
     "simclr_no_projector": {"backbone"},
     "moco": {"backbone", "projector", "key_encoder", "queue"},
@@ -29,35 +33,15 @@ MOVING = {  # the parts that training changes: those of the longest name that fi
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder, no repository, with today's scripts and all variants of them."""
-    folder = tmp_path_factory.mktemp("variants")
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, folder)
-    for path in DIFFS.values():
-        subprocess.run(["git", "apply", path], cwd=folder, check=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def load(folder):
-    """A function from the name of a variant to its module."""
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
-
-
 def build(module, **sizes):
     """Return the model of a variant, for images of 28 x 28, with the weights of seed 0."""
     torch.manual_seed(0)
     backbone = module.build_backbone("convnet", 1, 28)
-    kind = next(value for key, value in vars(module).items() if key.lower() in METHODS)
+    *_, kind = (
+        x
+        for x in vars(module).values()
+        if getattr(x, "__module__", "") == module.__name__ and isinstance(x, type)
+    )
     args = vars(module.parse_args([])) | sizes
     names = list(inspect.signature(kind).parameters)[1:]
     return kind(backbone, *(args[name] for name in names))
@@ -67,35 +51,35 @@ def views(n=16):
     return torch.rand(2, n, 1, 28, 28, generator=torch.Generator().manual_seed(1)).unbind()
 
 
-def test_variants_are_formatted(folder):
+def test_variants_are_formatted(variants):
     style = ["--line-length", "100", *(f"{name}.py" for name in DIFFS)]
     for command in (["check", "--select", "E,F,W,B,UP"], ["format", "--check"]):
-        subprocess.run([sys.executable, "-m", "ruff", *command, *style], cwd=folder, check=True)
+        subprocess.run([sys.executable, "-m", "ruff", *command, *style], cwd=variants, check=True)
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_variant_trains_and_is_evaluated(folder, load, tiny, name):
+def test_variant_trains_and_is_evaluated(variants, load_variant, tiny, name):
     """Two epochs move the right parts; --help says what it is; linear_eval.py reads the result."""
-    queue = ["--queue-size", "96"] if name.startswith("moco") else []
-    process = train(folder, tiny, folder / name, *queue)
+    module = load_variant(name)
+    queue = ["--queue-size", "96"] if "queue_size" in vars(module.parse_args([])) else []
+    process = train(variants, tiny, variants / name, *queue)
     assert process.returncode == 0, process.stderr
-    module = load(name)
     model = build(module, queue_size=96)
     before = dict(model.named_parameters()) | dict(model.named_buffers())
-    after = torch.load(folder / f"{name}.pt", weights_only=True)["model"]
+    after = torch.load(variants / f"{name}.pt", weights_only=True)["model"]
     compared = [k for k, _ in model.named_parameters()] + ["queue"] * hasattr(model, "queue")
     moved = {k.split(".")[0] for k in compared if not torch.equal(before[k], after[k])}
     assert moved == MOVING[max((key for key in MOVING if name.startswith(key)), key=len)]
-    original = (ROOT / f"{name.split('_')[0]}.py").read_text()
-    assert module.__doc__.split("\n")[0] not in original
-    encoder, saved = linear_eval.load_encoder(folder / f"{name}.pt")
+    originals = "".join((ROOT / f"{method}.py").read_text() for method in METHODS)
+    assert module.__doc__.split("\n")[0] not in originals
+    encoder, saved = linear_eval.load_encoder(variants / f"{name}.pt")
     assert saved["args"]["method"] == name
     assert encoder(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).shape == (2, 2048)
 
 
 @pytest.mark.parametrize("name", ["simsiam_no_stop_grad", "simsiam_no_stop_grad_no_norm"])
-def test_no_stop_grad(load, name):
-    module = load(name)
+def test_no_stop_grad(load_variant, name):
+    module = load_variant(name)
     p, z = torch.randn(2, 4, 8, requires_grad=True).unbind()
     gradients = torch.autograd.grad(module.negative_cosine(p, z), [p, z])
     assert all(g.norm() > 0 for g in gradients)
@@ -104,58 +88,58 @@ def test_no_stop_grad(load, name):
 
 
 @pytest.mark.parametrize("name", ["simsiam_no_predictor", "byol_no_predictor"])
-def test_no_predictor(load, name):
-    model, (x1, x2) = build(load(name)), views()
+def test_no_predictor(load_variant, name):
+    model, (x1, x2) = build(load_variant(name)), views()
     z1 = model.projector(model.backbone(x1))
     torch.testing.assert_close(model(x1, x2)[0], z1)
 
 
-def test_simsiam_frozen_predictor_lets_gradients_through(load):
-    module, (x1, x2) = load("simsiam_frozen_predictor"), views()
+def test_simsiam_frozen_predictor_lets_gradients_through(load_variant):
+    module, (x1, x2) = load_variant("simsiam_frozen_predictor"), views()
     model = build(module)
     p1, _, _, z2 = model(x1, x2)
     module.negative_cosine(p1, z2).backward()
     assert model.backbone[0].weight.grad.norm() > 0 and model.predictor[0].weight.grad is None
 
 
-def test_simsiam_predictor_decays(folder, load, tiny):
+def test_simsiam_predictor_decays(variants, load_variant, tiny):
     for name in ("simsiam", "simsiam_predictor_decays"):
-        out = folder / f"rates-{name}.pt"
-        assert train(folder, tiny, folder / name, "--out", out).returncode == 0
+        out = variants / f"rates-{name}.pt"
+        assert train(variants, tiny, variants / name, "--out", out).returncode == 0
         groups = torch.load(out, weights_only=True)["optimizer"]["param_groups"]
         assert (groups[0]["lr"] == groups[1]["lr"]) == (name != "simsiam")
 
 
 @pytest.mark.parametrize("name", ["simsiam_no_batchnorm", "byol_no_batchnorm"])
-def test_no_batchnorm_in_the_heads(load, name):
-    model = build(load(name))
+def test_no_batchnorm_in_the_heads(load_variant, name):
+    model = build(load_variant(name))
     for head in (model.projector, model.predictor):
         layers = [type(layer) for layer in head]
         assert layers == [nn.Linear, nn.ReLU, nn.Linear] and head[0].bias is not None
 
 
-def test_byol_target_copied(folder, load, tiny):
-    out = folder / "copied.pt"
-    assert train(folder, tiny, folder / "byol_target_copied", "--out", out).returncode == 0
-    model = build(load("byol_target_copied"))
+def test_byol_target_copied(variants, load_variant, tiny):
+    out = variants / "copied.pt"
+    assert train(variants, tiny, variants / "byol_target_copied", "--out", out).returncode == 0
+    model = build(load_variant("byol_target_copied"))
     model.load_state_dict(torch.load(out, weights_only=True)["model"])
     online = nn.Sequential(model.backbone, model.projector)
     pairs = zip(model.target.parameters(), online.parameters(), strict=True)
     assert all(torch.equal(xi, theta) for xi, theta in pairs)
 
 
-def test_byol_views_alike(load):
-    module = load("byol_views_alike")
+def test_byol_views_alike(load_variant):
+    module = load_variant("byol_views_alike")
     assert module.VIEW_1 == module.VIEW_2 and "solarize" not in module.VIEW_1
 
 
 @pytest.mark.parametrize("name", ["moco_v1", "simclr_linear_projector"])
-def test_linear_projector(load, name):
-    assert isinstance(build(load(name)).projector, nn.Linear)
+def test_linear_projector(load_variant, name):
+    assert isinstance(build(load_variant(name)).projector, nn.Linear)
 
 
-def test_simclr_no_projector(load):
-    z1, _ = build(load("simclr_no_projector"))(*views())
+def test_simclr_no_projector(load_variant):
+    z1, _ = build(load_variant("simclr_no_projector"))(*views())
     assert z1.shape == (16, 2048)
 
 
@@ -176,9 +160,9 @@ def watch(module, patch, folder, tiny, *options):
     return losses, keys
 
 
-def test_moco_end_to_end(load, tiny, tmp_path, monkeypatch):
+def test_moco_end_to_end(load_variant, tiny, tmp_path, monkeypatch):
     """The keys are those of the batch, the queue is not used, and gradients flow into both."""
-    module, (x1, x2) = load("moco_end_to_end"), views()
+    module, (x1, x2) = load_variant("moco_end_to_end"), views()
     losses, keys = watch(module, monkeypatch, tmp_path, tiny)
     assert keys == [] and all(logits.shape == (64, 64) for logits, _ in losses)
     assert all(labels.tolist() == list(range(64)) for _, labels in losses)
@@ -188,9 +172,9 @@ def test_moco_end_to_end(load, tiny, tmp_path, monkeypatch):
     assert torch.autograd.grad(k.sum(), model.projector[0].weight)[0].norm() > 0
 
 
-def test_moco_split_batchnorm(load):
+def test_moco_split_batchnorm(load_variant):
     """A part of eight sees only itself, and the parts of queries and of keys are not the same."""
-    model, (x1, x2) = build(load("moco_split_batchnorm")), views(64)
+    model, (x1, x2) = build(load_variant("moco_split_batchnorm")), views(64)
     sizes = []
     model.backbone[1].register_forward_hook(lambda _, x, y: sizes.append(len(x[0])))
     model.key_encoder[0][1].register_forward_hook(lambda _, x, y: sizes.append(len(x[0])))
@@ -203,12 +187,12 @@ def test_moco_split_batchnorm(load):
     torch.testing.assert_close(model(x1, x2)[1], F.normalize(model.key_encoder(x2), dim=1))
 
 
-def test_moco_symmetric(load, tiny, tmp_path, monkeypatch):
-    losses, keys = watch(load("moco_symmetric"), monkeypatch, tmp_path, tiny)
+def test_moco_symmetric(load_variant, tiny, tmp_path, monkeypatch):
+    losses, keys = watch(load_variant("moco_symmetric"), monkeypatch, tmp_path, tiny)
     assert len(losses) == 10 and [len(k) for k in keys] == [128] * 5
 
 
-def test_simclr_views(load):
+def test_simclr_views(load_variant):
     """A crop keeps the colour of a plain image; colour changes leave every edge where it is."""
     plain = torch.linspace(0.3, 0.6, 40)[:, None, None, None].expand(40, 3, 8, 8)
     edge = torch.zeros(40, 3, 8, 8)
@@ -219,7 +203,7 @@ def test_simclr_views(load):
         ("simclr_colour_alone", False, True),
         ("simclr_mirror_alone", False, False),
     ):
-        module = load(name)
+        module = load_variant(name)
         for view in (module.VIEW_1, module.VIEW_2):
             kept = torch.allclose(module.augment(plain, **view), plain, atol=1e-5)
             assert kept != colours and view["mirror"] == 0.5
@@ -227,7 +211,7 @@ def test_simclr_views(load):
             assert (moved > 1e-3) == crops
 
 
-def test_simclr_one_half(load):
+def test_simclr_one_half(load_variant):
     """The mean over the N first views alone, from Eq. 1 in loops."""
     z1, z2 = torch.randn(2, 5, 4, dtype=torch.float64).unbind()
     rows = [*F.normalize(z1, dim=1), *F.normalize(z2, dim=1)]
@@ -235,12 +219,12 @@ def test_simclr_one_half(load):
     for i in range(5):
         exponents = [math.exp(float(rows[i] @ rows[j]) / 0.3) for j in range(10)]
         expected -= math.log(exponents[i + 5] / (sum(exponents) - exponents[i])) / 5
-    found = load("simclr_one_half").nt_xent(z1, z2, 0.3).item()
+    found = load_variant("simclr_one_half").nt_xent(z1, z2, 0.3).item()
     assert found == pytest.approx(expected, abs=1e-12)
 
 
-def test_linear_eval_z(folder, load, tiny):
-    options = ["--out", folder / "z.pt", "--hidden-dim", "40", "--projection-dim", "24"]
-    assert train(folder, tiny, "simclr", *options).returncode == 0
-    encoder, saved = load("linear_eval_z").load_encoder(folder / "z.pt")
+def test_linear_eval_z(variants, load_variant, tiny):
+    options = ["--out", variants / "z.pt", "--hidden-dim", "40", "--projection-dim", "24"]
+    assert train(variants, tiny, "simclr", *options).returncode == 0
+    encoder, saved = load_variant("linear_eval_z").load_encoder(variants / "z.pt")
     assert encoder(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).shape == (2, 24)

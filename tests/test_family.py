@@ -1,0 +1,200 @@
+"""The methods in docs/variants/ that have their own loss: against float64 loops from the papers."""
+
+import math
+
+import pytest
+import simclr
+import torch
+from torch.autograd import grad
+
+N, D = 6, 4
+
+
+def draw(rows=N, columns=D, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def column(z, i):
+    return [row[i] for row in z]
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def covariance(a, b, divisor):
+    return sum((x - mean(a)) * (y - mean(b)) for x, y in zip(a, b, strict=True)) / divisor
+
+
+def log_softmax(values, i):
+    return values[i] - sum(v.exp() for v in values).log()
+
+
+def barlow_twins(z1, z2):
+    """Eq. 1 with lambda 0.005, over D, and the 1e-5 of BatchNorm in the variance."""
+    loss = 0
+    for i in range(D):
+        for j in range(D):
+            a, b = column(z1, i), column(z2, j)
+            scale = ((covariance(a, a, N) + 1e-5) * (covariance(b, b, N) + 1e-5)).sqrt()
+            c = covariance(a, b, N) / scale
+            loss += (1 - c) ** 2 if i == j else 0.005 * c**2
+    return loss / D
+
+
+def vicreg(z1, z2):
+    """Eq. 6 with 25, 25 and 1, over 25."""
+    loss = mean((z1[i, j] - z2[i, j]) ** 2 for i in range(N) for j in range(D))
+    for z in (z1, z2):
+        for i in range(D):
+            a = column(z, i)
+            loss += max(0, 1 - (covariance(a, a, N - 1) + 1e-4).sqrt()) / D / 2
+            others = [covariance(a, column(z, j), N - 1) ** 2 for j in range(D) if j != i]
+            loss += sum(others) / D / 25
+    return loss
+
+
+def supcon(z1, z2, labels, temperature):
+    """Eq. 2, where an image without a label has only its other view."""
+    z = [row / dot(row, row).sqrt() for row in (*z1, *z2)]
+    names = [label if label >= 0 else -1 - i for i, label in enumerate(labels.tolist())] * 2
+    terms = []
+    for i in range(2 * N):
+        others = [j for j in range(2 * N) if j != i]
+        logits = [dot(z[i], z[j]) / temperature for j in others]
+        found = [log_softmax(logits, k) for k, j in enumerate(others) if names[j] == names[i]]
+        terms.append(-mean(found))
+    return mean(terms)
+
+
+def lejepa(z1, z2, directions, weight):
+    """(1 - lambda) * distance from the mean of the views + lambda * Epps-Pulley, 17 knots."""
+    step, tests, distance = 10 / 16, [], 0
+    for z in (z1, z2):
+        for direction in directions.T:
+            projected = [dot(row, direction) / dot(direction, direction).sqrt() for row in z]
+            for k in range(17):
+                t = -5 + k * step
+                normal = math.exp(-(t**2) / 2)
+                real = mean((t * p).cos() for p in projected) - normal
+                imaginary = mean((t * p).sin() for p in projected)
+                width = step / 2 if k in (0, 16) else step
+                tests.append(N * width * normal * (real**2 + imaginary**2))
+        views = zip(z.flatten(), z1.flatten(), z2.flatten(), strict=True)
+        distance += mean((x - (a + b) / 2) ** 2 for x, a, b in views)
+    return (1 - weight) * distance / 2 + weight * sum(tests) / 2 / directions.shape[1]
+
+
+def swav(s1, s2, temperature):
+    """Eq. 2 for both views, with assignments after three rounds of Sinkhorn, epsilon 0.05."""
+
+    def assign(scores):
+        q = [[math.exp(s / 0.05) for s in row] for row in scores.tolist()]
+        for _ in range(3):
+            columns = [sum(row[k] for row in q) for k in range(D)]
+            q = [[x / total for x, total in zip(row, columns, strict=True)] for row in q]
+            q = [[x / sum(row) for x in row] for row in q]
+        return q
+
+    terms = []
+    for q, s in ((assign(s1), s2), (assign(s2), s1)):
+        for weights, row in zip(q, s, strict=True):
+            scores = [x / temperature for x in row]
+            terms.append(-sum(w * log_softmax(scores, k) for k, w in enumerate(weights)))
+    return mean(terms)
+
+
+def moco_v3(q, k, temperature):
+    """Algorithm 1: 2 tau times InfoNCE among the keys of the batch."""
+    rows = [[dot(query, key) / temperature for key in k] for query in q]
+    return 2 * temperature * mean(-log_softmax(row, i) for i, row in enumerate(rows))
+
+
+def dino(s, t, center):
+    """Eq. 2 with temperatures 0.1 and 0.04; the teacher's scores are centred (Eq. 4)."""
+    terms = []
+    for student, teacher in zip(s, t, strict=True):
+        sharp = [(x - c) / 0.04 for x, c in zip(teacher, center, strict=True)]
+        scores = [x / 0.1 for x in student]
+        pairs = [log_softmax(sharp, k).exp() * log_softmax(scores, k) for k in range(D)]
+        terms.append(-sum(pairs))
+    return mean(terms)
+
+
+LABELS = torch.tensor([0, 1, 0, -1, -1, 1])
+CASES = {  # variant: its loss, the reference, what they get beside the two views
+    "barlow_twins": ("barlow_twins_loss", lambda a, b, weight: barlow_twins(a, b), (0.005,)),
+    "vicreg": ("vicreg_loss", vicreg, ()),
+    "supcon": ("supcon_loss", supcon, (LABELS, 0.3)),
+    "lejepa": ("lejepa_loss", lejepa, (draw(D, 3, seed=5).detach(), 0.05)),
+    "swav": ("swapped_loss", swav, (0.1,)),
+    "moco_v3": ("contrast", moco_v3, (0.2,)),
+    "dino": ("dino_loss", dino, (draw(1, D, seed=5)[0].detach(),)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradients_equal_loops(load_variant, name):
+    function, reference, rest = CASES[name]
+    a, b = draw(seed=1), draw(seed=2)
+    found = getattr(load_variant(name), function)(a, b, *rest)
+    expected = reference(a, b, *rest)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    for x, y in zip(grad(found, [a, b]), grad(expected, [a, b]), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
+
+
+def test_closed_forms(load_variant):
+    """Independent dimensions of variance 1 are perfect for three; labels alone are SimCLR's."""
+    hadamard = torch.tensor([[1.0]])
+    for _ in range(3):
+        hadamard = torch.cat([torch.cat([hadamard, hadamard]), torch.cat([hadamard, -hadamard])], 1)
+    z = hadamard[:, 1:]  # (8, 7): columns of mean 0 and variance 1, orthogonal
+    assert load_variant("barlow_twins").barlow_twins_loss(z, z, 0.005) < 1e-8
+    assert load_variant("vicreg").vicreg_loss(z, z) < 1e-8
+    z1, z2, labels = draw(seed=1), draw(seed=2), torch.full((N,), -1)
+    supcon_loss = load_variant("supcon").supcon_loss(z1, z2, labels, 0.3)
+    torch.testing.assert_close(supcon_loss, simclr.nt_xent(z1, z2, 0.3))
+    normal, point = torch.randn(4000, 8), torch.zeros(4000, 8)
+    sigreg, directions = load_variant("lejepa").sigreg, torch.randn(8, 50)
+    assert sigreg(normal, directions) < 2 < 500 < sigreg(point, directions)
+
+
+def test_sinkhorn_uses_all_prototypes_equally(load_variant):
+    scores = draw(40, 5).detach().tanh() + torch.tensor([2.0, 0, 0, 0, 0])  # one is nearest to all
+    q = load_variant("swav").sinkhorn(scores, iterations=500)
+    torch.testing.assert_close(q.sum(dim=1), torch.ones(40, dtype=torch.float64))
+    torch.testing.assert_close(q.sum(dim=0), torch.full((5,), 8.0).double(), atol=1e-3, rtol=0)
+    assert (scores.argmax(dim=1) == 0).float().mean() > 0.9
+
+
+def test_dino_center_and_teacher(load_variant):
+    module = load_variant("dino")
+    model = module.DINO(module.build_backbone("convnet", 1, 28), 16, 8, 12)
+    t = torch.randn(5, 12)
+    model.update_center(t)
+    model.update_center(t)
+    torch.testing.assert_close(model.center, 0.19 * t.mean(dim=0))  # 0.1 + 0.9 * 0.1
+    s1, s2, t1, t2 = model(torch.rand(4, 1, 28, 28), torch.rand(4, 1, 28, 28))
+    assert s1.shape == t1.shape == (4, 12) and s1.abs().max() <= 1 + 1e-6  # cosines
+    assert s2.requires_grad and not t1.requires_grad and not t2.requires_grad
+
+
+def test_moco_v3_queries_have_a_predictor_and_keys_no_gradient(load_variant):
+    module = load_variant("moco_v3")
+    model = module.MoCoV3(module.build_backbone("convnet", 1, 28), 16, 8)
+    x1, x2 = torch.rand(2, 4, 1, 28, 28)
+    q1, q2, k1, k2 = model(x1, x2)
+    assert q1.requires_grad and not k1.requires_grad and not k2.requires_grad
+    z1 = model.projector(model.backbone(x1))
+    torch.testing.assert_close(k1, torch.nn.functional.normalize(z1, dim=1))  # the same at first
+    expected = torch.nn.functional.normalize(model.predictor(z1), dim=1)
+    torch.testing.assert_close(q1, expected)
+    for x in (q1, q2, k1, k2):
+        torch.testing.assert_close(x.norm(dim=1), torch.ones(4))
