@@ -57,9 +57,9 @@ class Dataset(NamedTuple):
 def load_dataset(name, data_dir, image_size=None, device="cpu"):
     """Load one of DATASETS, or the images of a folder, into the memory of `device`.
 
-    Images get `image_size` pixels a side. Without it, a folder's get 32, and those of a named
-    dataset stay as they are. Files are looked for in `data_dir`, and downloaded or decoded into
-    it. Raises DataError, naming the file and the remedy, when something is missing or damaged.
+    Images get `image_size` pixels a side. Without it, a folder's and the digits get 32, and the
+    others stay as they are. Files are looked for in `data_dir`, and downloaded or decoded into it.
+    Raises DataError, naming the file and the remedy, when something is missing or damaged.
     """
     if name == "fashion-mnist":
         data = load_fashion_mnist(Path(data_dir))
@@ -152,7 +152,7 @@ def load_torchvision(name, data_dir):
         train, test = (kind(data_dir, **option, download=True) for option in options)
     except (OSError, RuntimeError, EOFError) as error:
         raise DataError(
-            f"{name} is not whole in {data_dir} and could not be downloaded "
+            f"{name} is incomplete in {data_dir} and could not be downloaded "
             f"({' '.join(str(error).split())}): put the archive that torchvision reads into "
             f"{data_dir}, or pass a folder of images to --dataset"
         ) from error
@@ -226,7 +226,7 @@ def decode_images(paths, image_size, cache):
                 bad += [pixels] if isinstance(pixels, str) else []
                 file.write(b"" if bad else pixels)
         if bad:
-            raise DataError(f"{len(bad)} images cannot be decoded, mend or remove them: {bad[0]}")
+            raise DataError(f"{len(bad)} images cannot be decoded, repair or remove them: {bad[0]}")
         unfinished.replace(cache)
     except OSError as error:
         raise DataError(

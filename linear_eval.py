@@ -337,8 +337,8 @@ def parse_args(argv=None):
     option("--labels", nargs="+", default=["all"], metavar="N", help="numbers of labels, or all")
     option("--trials", type=int, default=3, help="draws of N labels: mean ± deviation")
     option("--validation", type=int, metavar="N", help="score on N training images, not the test")
-    option("--baselines", action="store_true", help="add the network trained on the labels alone")
-    option("--finetune", action="store_true", help="add the networks trained on with the labels")
+    option("--baselines", action="store_true", help="add the network trained on labels alone")
+    option("--finetune", action="store_true", help="add the networks fine-tuned on the labels")
     option("--report", action="store_true", help="print scores and confusions by class")
     option("--plot", metavar="FOLDER", help="draw pictures")
     option("--embed", metavar="NPZ", help="only save the features and the path of each image")
@@ -367,7 +367,7 @@ def hold_out(data, n):
     """
     known = (data.train_labels >= (0 if data.classes else -1)).nonzero().flatten()
     if n >= len(known):
-        raise DataError(f"--validation {n}: choose less than the {len(known)} training images")
+        raise DataError(f"--validation {n}: choose fewer than the {len(known)} training images")
     known = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(0))]
     held = dict(test_images=data.train_images[known[:n]], test_labels=data.train_labels[known[:n]])
     return data._replace(**held), known[n:].sort().values
@@ -426,7 +426,8 @@ def main(argv=None):
     dataset = args.dataset or checkpoint["args"]["dataset"]
     data = load_dataset(dataset, args.data_dir, shape[2], args.device)
     if data.train_images.shape[1] != shape[0]:
-        raise DataError(f"{dataset} has not {shape[0]} channels, which {args.weights[0]} takes")
+        other = data.train_images.shape[1]
+        raise DataError(f"{dataset} has {other} channels, but {args.weights[0]} needs {shape[0]}")
     if args.export:
         return export(encoder, data.train_images, args.export)
     if args.embed:

@@ -249,7 +249,7 @@ def load(args, model, optimizer):
 def parse_args(argv=None):
     """Read the command line, or `argv`."""
     form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=form)
     option, devices = parser.add_argument, ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
     option("--hidden-dim", type=int, default=512, help="of the projector; paper: 2048")
     option("--projection-dim", type=int, default=128, help="D")

@@ -58,7 +58,7 @@ def test_nothing_to_load_says_what_to_do(tmp_path, offline):
     for words in ("apt-get install dataset-fashion-mnist", FILES[0], str(tmp_path), "digits"):
         assert words in str(error.value)
     assert "\n" not in str(error.value)
-    with pytest.raises(common.DataError, match="cifar10 is not whole in .* no network"):
+    with pytest.raises(common.DataError, match="cifar10 is incomplete in .* no network"):
         common.load_dataset("cifar10", tmp_path)
     with pytest.raises(
         common.DataError, match="photos is neither one of .* nor an existing folder"

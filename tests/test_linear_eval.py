@@ -129,7 +129,7 @@ def test_validation_leaves_the_test_set_alone(checkpoint, tiny, capsys, monkeypa
     assert "on 60 images" in capsys.readouterr().out
     scored, fitted = ({tuple(x.tolist()) for x in part[:, 0, 0, :2]} for part in calls[:2])
     assert len(fitted) == 260 and len(scored) == 60 and not fitted & scored
-    with pytest.raises(common.DataError, match="--validation 320: choose less than the 320"):
+    with pytest.raises(common.DataError, match="--validation 320: choose fewer than the 320"):
         run_main(checkpoint.parent, tiny, "--weights", "byol.pt", "--validation", 320)
 
 
@@ -401,7 +401,7 @@ def test_a_variant_is_evaluated_without_its_script(checkpoint, tiny, tmp_path):
         (["--labels", "7"], "--labels 7 is not a multiple of the 10 classes"),
         (["--labels", "330"], "--labels 330: class 0 has only 32 images"),
         (["--trials", "0"], "--trials 0 is not at least 1"),
-        (["--dataset", "photos"], "photos has not 1 channels"),
+        (["--dataset", "photos"], "photos has 3 channels, but byol.pt needs 1"),
     ],
 )
 def test_bad_options_are_refused(checkpoint, tiny, options, words):
