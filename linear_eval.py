@@ -53,6 +53,8 @@ def load_encoder(path):
     Only the backbone is rebuilt, so the script need not be there. weights_only=True keeps the file
     from running code. Raises DataError unless the backbone is whole and its weights are finite.
     """
+    if not Path(path).exists():
+        raise DataError(f"{path} does not exist")
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
         trained, model = checkpoint["args"], checkpoint["model"]
@@ -249,7 +251,9 @@ def plot_labels(scores, path):
 def plot_curves(metrics, path):
     """Draw loss, kNN accuracy and z_std by epoch: `metrics` maps a checkpoint to its rows."""
     titles = {"loss": "training loss", "knn": "kNN accuracy (%)", "z_std": "z_std (0: one point)"}
-    figure, axes = panels(3 + 2.5 * len(metrics), 7, 3, len(metrics))
+    if not any("knn" in row for rows in metrics.values() for row in rows):
+        del titles["knn"]  # the images had no labels
+    figure, axes = panels(3 + 2.5 * len(metrics), 7, len(titles), len(metrics))
     for column, (name, rows) in enumerate(metrics.items()):
         for key, boxes in zip(titles, axes, strict=True):
             if key != "loss":  # losses of different methods cannot be compared
@@ -439,7 +443,10 @@ def main(argv=None):
     elif not data.classes and args.plot:  # a map has room for 500 pictures
         data, known = hold_out(data, min(500, len(data.train_labels) // 2))
     elif not data.classes:
-        raise DataError(f"{dataset} has no labels: pass --plot, --embed or a labelled --dataset")
+        raise DataError(
+            f"{dataset} has no labels (in folders train/CLASS and test/CLASS): pass --plot or "
+            "--embed, or another --dataset"
+        )
     elif len(data.test_labels) == 0:
         raise DataError(f"{dataset} has no test images: hold some out with --validation N")
 
@@ -472,6 +479,7 @@ def main(argv=None):
         metrics = {path: checkpoint["metrics"] for path, (_, checkpoint) in loaded.items()}
         plot_curves(metrics, folder / "curves.png")
         draw_pictures(loaded, frozen["random init"], data, known, folder)
+        print(f"the pictures are in {folder}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ can be compared because the key encoder, a running average of the query encoder,
 N images in a batch, D dimensions, K keys in the queue, q a query, k its key.
 
 Unlike the papers: K 4,096, temperature 0.1, momentum 0.99, a smaller head, warm-up, more weight
-decay and no blur, for short runs and small images; batches not shuffled for BatchNorm; colours
+decay and no blur, for short runs and small images; no shuffled BatchNorm; colours
 change in a fixed order, and hue by rotating RGB.
 """
 
@@ -52,7 +52,7 @@ class MoCo(nn.Module):
         # The key encoder starts as a copy, and is frozen: no optimizer moves it.
         self.key_encoder = deepcopy(nn.Sequential(backbone, self.projector)).requires_grad_(False)
         queue = F.normalize(torch.randn(queue_size, projection_dim), dim=1)
-        self.register_buffer("queue", queue)  # (K, D): random directions at first
+        self.register_buffer("queue", queue)  # (K, D): random at first
 
     def forward(self, x1, x2):
         """Return queries q of x1 and keys k of x2 (N, D), for two views (N, C, H, W)."""
@@ -72,7 +72,7 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys):
         """Append keys (N, D) to the queue (K, D), and drop the oldest."""
-        if dist.is_initialized():  # those of all processes
+        if dist.is_initialized():  # of all processes
             parts = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, keys)
             keys = torch.cat(parts)
@@ -221,7 +221,7 @@ def knn_accuracy(backbone, data, k=20):
 
 
 def join_processes(args):
-    """Return the rank of this process and the number of processes: 0 and 1 without torchrun."""
+    """Return this process's rank and the number of processes: 0 and 1 without torchrun."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -263,11 +263,11 @@ def parse_args(argv=None):
     option, devices = parser.add_argument, ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
     option("--hidden-dim", type=int, default=512, help="of the projector; paper: 2048")
     option("--projection-dim", type=int, default=128, help="D")
-    option("--queue-size", type=int, default=4096, help="K; at most the images; paper: 65536")
+    option("--queue-size", type=int, default=4096, help="K; paper: 65536")
     option("--momentum", type=float, default=0.99, help="of the key encoder; paper: 0.999")
-    option("--temperature", type=float, default=0.1, help="of Eq. 1; v2: 0.2")
+    option("--temperature", type=float, default=0.1, help="of Eq. 1")
     option("--lr", type=float, default=0.3, help="peak rate per 256 images")
-    option("--epochs", type=int, default=100)
+    option("--epochs", type=int, default=100, help="to train")
     option("--batch-size", type=int, default=128, help="of all processes")
     option("--seed", type=int, default=0)
     option("--dataset", default="fashion-mnist", help=f"{', '.join(DATASETS)} or a folder")
@@ -287,7 +287,8 @@ def parse_args(argv=None):
         if type(value) in (int, float) and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} {value} is not from {low:g} to {high:g}")
     if args.resume != os.path.exists(args.out):
-        parser.error(f"--out {args.out} must exist with --resume, and must not exist without it")
+        problem = "does not exist" if args.resume else "exists: pass --resume or another --out"
+        parser.error(f"--out {args.out} {problem}")
     return args
 
 
@@ -297,4 +298,4 @@ if __name__ == "__main__":
     try:
         train(parse_args())
     except (DataError, KeyboardInterrupt) as error:
-        sys.exit(str(error) or "stopped: if --out exists, --resume goes on")
+        sys.exit(str(error) or "stopped: --resume goes on from --out")

@@ -209,7 +209,7 @@ def knn_accuracy(backbone, data, k=20):
 
 
 def join_processes(args):
-    """Return the rank of this process and the number of processes: 0 and 1 without torchrun."""
+    """Return this process's rank and the number of processes: 0 and 1 without torchrun."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -252,7 +252,7 @@ def parse_args(argv=None):
     option("--projection-dim", type=int, default=512, help="D; paper: 2048")
     option("--bottleneck-dim", type=int, default=128, help="hidden, in the predictor; paper: 512")
     option("--lr", type=float, default=0.4, help="peak rate per 256 images")
-    option("--epochs", type=int, default=100)
+    option("--epochs", type=int, default=100, help="to train")
     option("--batch-size", type=int, default=128, help="of all processes")
     option("--seed", type=int, default=0)
     option("--dataset", default="fashion-mnist", help=f"{', '.join(DATASETS)} or a folder")
@@ -272,7 +272,8 @@ def parse_args(argv=None):
         if type(value) in (int, float) and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} {value} is not from {low:g} to {high:g}")
     if args.resume != os.path.exists(args.out):
-        parser.error(f"--out {args.out} must exist with --resume, and must not exist without it")
+        problem = "does not exist" if args.resume else "exists: pass --resume or another --out"
+        parser.error(f"--out {args.out} {problem}")
     return args
 
 
@@ -282,4 +283,4 @@ if __name__ == "__main__":
     try:
         train(parse_args())
     except (DataError, KeyboardInterrupt) as error:
-        sys.exit(str(error) or "stopped: if --out exists, --resume goes on")
+        sys.exit(str(error) or "stopped: --resume goes on from --out")

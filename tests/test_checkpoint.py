@@ -68,7 +68,7 @@ def test_what_a_run_prints_and_leaves_when_it_ends_and_at_ctrl_c(runs, name):
     assert not list(folder.glob("*.tmp"))
     # Ctrl-C: in the first epoch's checkpoint, before its line.
     assert stopped[name].returncode == 1 and len(stopped[name].stdout.splitlines()) == 1
-    assert stopped[name].stderr == "stopped: if --out exists, --resume goes on\n"
+    assert stopped[name].stderr == "stopped: --resume goes on from --out\n"
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -103,8 +103,8 @@ def test_resume_needs_the_same_options_images_and_method(half, tiny, tmp_path):
 def test_no_file_is_replaced_unasked(tiny, tmp_path):
     (tmp_path / "old.pt").write_bytes(b"old")
     for name in METHODS:
-        refused(train(tmp_path, tiny, name, "--out", "old.pt"), "--out old.pt must exist with")
-        refused(train(tmp_path, tiny, name, "--resume"), f"--out {name}.pt must exist with")
+        refused(train(tmp_path, tiny, name, "--out", "old.pt"), "--out old.pt exists: pass")
+        refused(train(tmp_path, tiny, name, "--resume"), f"--out {name}.pt does not exist")
     assert (tmp_path / "old.pt").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["old.pt"]
 
