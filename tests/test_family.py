@@ -73,6 +73,20 @@ def supcon(z1, z2, labels, temperature):
     return mean(terms)
 
 
+def invaspread(z1, z2, temperature):
+    """Eq. 7: the image is found from its view, and is not found from another image."""
+    f = [row / dot(row, row).sqrt() for row in z1]
+    loss = 0
+    for i, view in enumerate(z2):
+        scores = [dot(x, view) / dot(view, view).sqrt() / temperature for x in f]
+        loss -= log_softmax(scores, i)
+        for j in range(N):
+            if j != i:
+                p = log_softmax([dot(x, f[j]) / temperature for x in f], i).exp()
+                loss -= (1 - p).log()
+    return loss / N
+
+
 def lejepa(z1, z2, directions, weight):
     """(1 - lambda) * distance from the mean of the views + lambda * Epps-Pulley, 17 knots."""
     step, tests, distance = 10 / 16, [], 0
@@ -132,6 +146,7 @@ CASES = {  # variant: its loss, the reference, what they get beside the two view
     "barlow_twins": ("barlow_twins_loss", lambda a, b, weight: barlow_twins(a, b), (0.005,)),
     "vicreg": ("vicreg_loss", vicreg, ()),
     "supcon": ("supcon_loss", supcon, (LABELS, 0.3)),
+    "invaspread": ("invaspread_loss", invaspread, (0.3,)),
     "lejepa": ("lejepa_loss", lejepa, (draw(D, 3, seed=5).detach(), 0.05)),
     "swav": ("swapped_loss", swav, (0.1,)),
     "moco_v3": ("contrast", moco_v3, (0.2,)),

@@ -18,6 +18,7 @@ MOVING = {  # the parts that training changes: those of the longest name that fi
     "vicreg": {"backbone", "projector"},
     "lejepa": {"backbone", "projector"},
     "supcon": {"backbone", "projector"},
+    "invaspread": {"backbone", "projector"},
     "swav": {"backbone", "projector", "prototypes"},
     "moco_v3": {"backbone", "projector", "key_encoder", "predictor"},
     "dino": {"backbone", "projector", "target"},
