@@ -74,7 +74,7 @@ def supcon(z1, z2, labels, temperature):
 
 
 def invaspread(z1, z2, temperature):
-    """Eq. 7: the image is found from its view, and is not found from another image."""
+    """Section 3: the image is found from its view, and is not found from another image."""
     f = [row / dot(row, row).sqrt() for row in z1]
     loss = 0
     for i, view in enumerate(z2):
