@@ -25,7 +25,7 @@ def test_commands_are_found():
 def test_command_is_accepted(page, script, options, tmp_path, monkeypatch):
     name = script.removesuffix(".py")
     if name in DIFFS:  # it has the options of the script that it copies
-        name = name.split("_")[0]
+        name = re.search(r"copy from (\w+)\.py", DIFFS[name].read_text())[1]
     assert (ROOT / f"{name}.py").is_file(), f"{page} runs {script}"
     if script.startswith("tests/"):
         return
