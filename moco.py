@@ -5,7 +5,7 @@ of keys of other images, the negatives. A queue keeps these from earlier batches
 can be compared because the key encoder, a running average of the query encoder, changes slowly.
 
     python moco.py --epochs 10                # 4 minutes, two CPU cores
-    python linear_eval.py --weights moco.pt   # 91.2% (random: 88.1%)
+    python linear_eval.py --weights moco.pt   # 91.1% (random: 88.1%)
 
 N images in a batch, D dimensions, K keys in the queue, q a query, k its key.
 
