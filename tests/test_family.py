@@ -5,6 +5,7 @@ import math
 import pytest
 import simclr
 import torch
+from conftest import train
 from torch.autograd import grad
 
 N, D = 6, 4
@@ -141,6 +142,38 @@ def dino(s, t, center):
     return mean(terms)
 
 
+def instdisc(v, own, negatives, z, n, temperature):
+    """Eq. 7, its expectations replaced by an image and its m negatives, as Eq. 6 has h."""
+    m, loss = len(negatives), 0
+    for row, feature in zip(v, own, strict=True):
+        p = (dot(row, feature) / temperature).exp() / z
+        loss -= (p / (p + m / n)).log()
+        for other in negatives:
+            p = (dot(row, other) / temperature).exp() / z
+            loss -= (1 - p / (p + m / n)).log()
+    return loss / len(v)
+
+
+def cpc(p, z):
+    """Eq. 4 with f = exp(z . W c), for each of two pairs of rows."""
+    terms = []
+    for prediction, patches in zip(p.unflatten(0, (2, -1)), z.unflatten(0, (2, -1)), strict=True):
+        for i, row in enumerate(prediction):
+            terms.append(-log_softmax([dot(patch, row) for patch in patches], i))
+    return mean(terms)
+
+
+def cmc(z1, z2, temperature):
+    """Eq. 2 from the first view and from the second (Eq. 3), with the batch for negatives."""
+    loss = 0
+    for a, b in ((z1, z2), (z2, z1)):
+        for i, row in enumerate(a):
+            lengths = [(dot(row, row) * dot(other, other)).sqrt() for other in b]
+            cosines = [dot(row, other) / n for other, n in zip(b, lengths, strict=True)]
+            loss -= log_softmax([cosine / temperature for cosine in cosines], i) / N
+    return loss
+
+
 LABELS = torch.tensor([0, 1, 0, -1, -1, 1])
 CASES = {  # variant: its loss, the reference, what they get beside the two views
     "barlow_twins": ("barlow_twins_loss", lambda a, b, weight: barlow_twins(a, b), (0.005,)),
@@ -151,6 +184,8 @@ CASES = {  # variant: its loss, the reference, what they get beside the two view
     "swav": ("swapped_loss", swav, (0.1,)),
     "moco_v3": ("contrast", moco_v3, (0.2,)),
     "dino": ("dino_loss", dino, (draw(1, D, seed=5)[0].detach(),)),
+    "instdisc": ("nce_loss", instdisc, (draw(5, D, seed=5).detach(), 7.0, 20, 0.8)),
+    "cmc": ("cmc_loss", cmc, (0.3,)),
 }
 
 
@@ -163,6 +198,103 @@ def test_loss_and_gradients_equal_loops(load_variant, name):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     for x, y in zip(grad(found, [a, b]), grad(expected, [a, b]), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
+
+
+def test_cpc_loss_and_structure(load_variant):
+    """The loss against loops; a prediction sees no patch below its context, and its target does."""
+    module = load_variant("cpc")
+    a, b = draw(seed=1), draw(seed=2)
+    pairs = a.unflatten(0, (2, -1)), b.unflatten(0, (2, -1))
+    found, expected = module.info_nce(*pairs), cpc(a, b)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    for x, y in zip(grad(found, [a, b]), grad(expected, [a, b]), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
+
+    model = module.CPC(module.build_backbone("convnet", 1, 28), 16).eval()
+    x = torch.rand(2, 1, 28, 28)
+    changed = x.clone()
+    changed[0, :, 27] = 1 - changed[0, :, 27]  # the last row of pixels: in the last patches alone
+    p, z = model(x)
+    q, y = model(changed)
+    torch.testing.assert_close(p, q)
+    h = model.backbone(x).unflatten(1, (128, 4, 4))
+    rows = [1, 2, 3, 2, 3, 3]  # the targets of contexts that end with row 0, 0, 0, 1, 1 and 2
+    for pair, row in enumerate(rows):
+        expected = [h[n, :, row, column] for n in range(2) for column in range(4)]
+        torch.testing.assert_close(z[pair], torch.stack(expected))
+        assert torch.equal(z[pair], y[pair]) == (row < 3)
+    contexts = [p[k].detach() for k in (0, 3, 5)]  # all one row ahead, so from one predictor
+    assert not torch.allclose(contexts[0], contexts[1]) and p.requires_grad and z.requires_grad
+
+
+def test_instdisc_bank(load_variant, variants, tiny, monkeypatch):
+    """A row moves to its image's new feature; Z is estimated once; a run looks up its own rows."""
+    module = load_variant("instdisc")
+    model = module.InstDisc(module.build_backbone("convnet", 1, 28), 8, 30)
+    before, v = (model.bank.clone(), torch.nn.functional.normalize(torch.randn(3, 8), dim=1))
+    torch.testing.assert_close(before.norm(dim=1), torch.ones(30))
+    model.update_bank(v, torch.tensor([4, 20, 7]), 0.75)
+    for row, i in enumerate((4, 20, 7)):
+        moved = 0.75 * before[i] + 0.25 * v[row]
+        torch.testing.assert_close(model.bank[i], moved / moved.norm())
+        before[i] = model.bank[i]
+    assert torch.equal(model.bank, before)
+    model.set_constant(v, model.bank[:5], 0.5)
+    expected = 30 * mean(math.exp(a @ b / 0.5) for a in v for b in model.bank[:5])
+    assert model.z.item() == pytest.approx(expected, rel=1e-5)
+    model.set_constant(-v, model.bank[:5], 0.5)
+    assert model.z.item() == pytest.approx(expected, rel=1e-5)
+
+    seen, original, update = [], module.nce_loss, module.InstDisc.update_bank
+
+    def watch(self, v, indices, momentum):
+        assert momentum == 0.5 and torch.equal(seen[-1], self.bank[indices])
+        update(self, v, indices, momentum)
+
+    monkeypatch.setattr(module, "nce_loss", lambda v, *x: seen.append(x[0]) or original(v, *x))
+    monkeypatch.setattr(module.InstDisc, "update_bank", watch)
+    args = ["--data-dir", tiny, "--device", "cpu", "--epochs", 1, "--batch-size", 64]
+    module.train(module.parse_args([*map(str, args), "--out", str(variants / "bank.pt")]))
+    assert len(seen) == 5
+
+
+def test_cmc_separates_luminance_and_colour(load_variant, variants, monkeypatch):
+    monkeypatch.syspath_prepend(variants)
+    module = load_variant("cmc")
+    with pytest.raises(module.DataError):
+        module.TwoBackbones("convnet", 1, 28)
+    model = module.CMC(module.TwoBackbones("convnet", 3, 32), 8).eval()
+    x = torch.rand(4, 3, 32, 32)
+    brighter = x + torch.rand(4, 1, 32, 32)  # the same for red, green and blue
+    grey = module.rgb_to_grayscale(x).expand_as(x)
+    (z1, z2), (_, same_colour), (same_luminance, _) = (model(x), model(brighter), model(grey))
+    torch.testing.assert_close(z1, same_luminance)
+    torch.testing.assert_close(z2, same_colour)
+    assert not torch.allclose(z1, model(brighter)[0]) and not torch.allclose(z2, model(grey)[1])
+
+    saved = dict(backbone="convnet", images=[4, 3, 32, 32], mean=[0.5] * 3, std=[0.2] * 3)
+    saved |= dict(method="cmc", dataset="photos")
+    torch.save(dict(model=model.state_dict(), args=saved, metrics=[]), variants / "cmc-whole.pt")
+    encoder, _ = load_variant("linear_eval_cmc").load_encoder(variants / "cmc-whole.pt")
+    x = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(encoder(x), model.backbone((x / 255 - 0.5) / 0.2))
+
+
+def test_simclr_v2_is_evaluated_at_its_first_layer(load_variant, variants, tiny, monkeypatch):
+    monkeypatch.syspath_prepend(variants)
+    options = ["--out", variants / "v2.pt", "--hidden-dim", "40", "--projection-dim", "24"]
+    assert train(variants, tiny, variants / "simclr_v2", *options).returncode == 0
+    encoder, saved = load_variant("linear_eval_v2").load_encoder(variants / "v2.pt")
+    module = load_variant("simclr_v2")
+    model = module.SimCLRv2(module.build_backbone("convnet", 1, 28), 40, 24).eval()
+    model.load_state_dict(saved["model"])
+    x = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
+    normal = module.normalize(x / 255, saved["args"]["mean"], saved["args"]["std"])
+    linear, norm, *rest = model.projector
+    torch.testing.assert_close(encoder(x), norm(linear(model.backbone(normal))).relu())
+    assert encoder[-1].feature_dim == 40
+    kinds = [type(layer).__name__ for layer in rest]
+    assert kinds == ["ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
 
 
 def test_closed_forms(load_variant):
