@@ -2,6 +2,7 @@
 
 import math
 
+import byol
 import pytest
 import simclr
 import torch
@@ -189,6 +190,34 @@ CASES = {  # variant: its loss, the reference, what they get beside the two view
 }
 
 
+SETTINGS = {  # what the docstrings say, beside what the loss is given above
+    "barlow_twins": dict(weight=0.005, projection_dim=512),
+    "vicreg": dict(projection_dim=512),
+    "supcon": dict(temperature=0.1),
+    "invaspread": dict(temperature=0.1),
+    "lejepa": dict(weight=0.05, projection_dim=64),
+    "swav": dict(prototypes=128, temperature=0.1),
+    "moco_v3": dict(momentum=0.99, temperature=0.1),
+    "dino": dict(prototypes=1024, tau=0.99),
+    "instdisc": dict(negatives=4096, momentum=0.5, temperature=0.07),
+    "cpc": dict(context_dim=256),
+    "cmc": dict(temperature=0.07),
+    "simclr_v2": dict(temperature=0.2, hidden_dim=512),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings(load_variant, name):
+    module = load_variant(name)
+    assert SETTINGS[name].items() <= vars(module.parse_args(["--out", "there-is-none"])).items()
+    expected = simclr.VIEW_1
+    if name == "dino":
+        expected = byol.VIEW_1
+    elif name == "cmc":  # a change of colour would be the same in both of its views
+        expected = dict(area=(0.2, 1), mirror=0.5, jitter=(0, 0, 0, 0), grayscale=0)
+    assert expected == module.VIEW_1
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradients_equal_loops(load_variant, name):
     function, reference, rest = CASES[name]
@@ -223,8 +252,10 @@ def test_cpc_loss_and_structure(load_variant):
         expected = [h[n, :, row, column] for n in range(2) for column in range(4)]
         torch.testing.assert_close(z[pair], torch.stack(expected))
         assert torch.equal(z[pair], y[pair]) == (row < 3)
-    contexts = [p[k].detach() for k in (0, 3, 5)]  # all one row ahead, so from one predictor
-    assert not torch.allclose(contexts[0], contexts[1]) and p.requires_grad and z.requires_grad
+    c, _ = model.gru(h.permute(0, 3, 2, 1).flatten(0, 1))
+    for pair, (context, ahead) in enumerate([(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (2, 1)]):
+        torch.testing.assert_close(p[pair], model.predictors[ahead - 1](c[:, context]))
+    assert p.requires_grad and z.requires_grad
 
 
 def test_instdisc_bank(load_variant, variants, tiny, monkeypatch):
