@@ -10,8 +10,7 @@ can be compared because the key encoder, a running average of the query encoder,
 N images in a batch, D dimensions, K keys in the queue, q a query, k its key.
 
 Unlike the papers: K 4,096, temperature 0.1, momentum 0.99, a smaller head, warm-up, more weight
-decay and no blur, for short runs and small images; no shuffled BatchNorm; colours
-change in a fixed order, and hue by rotating RGB.
+decay, no blur, no shuffled BatchNorm; a fixed order of colour changes, and hue by rotating RGB.
 """
 
 import argparse
