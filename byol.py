@@ -2,10 +2,10 @@
 
 Two networks see two random views of an image. The online network learns to predict what the target
 network makes of the other view. The target is not trained: it is a running average of the online
-network. So it changes slowly enough to be predicted, and still improves as the online network does.
-Mapping all images to one point would be a perfect solution, as nothing pushes images apart. Two
-things keep training away from it: only the online network has a predictor, and no gradient flows
-into the target. Why they suffice is not fully understood.
+network. So it is steadier than that one, and improves as that one does. Mapping all images to one
+point would be a perfect solution, as nothing pushes images apart. Two things keep training away
+from it: only the online network has a predictor, and no gradient flows into the target. Why they
+suffice is not fully understood.
 
     python byol.py --epochs 10                # 8 minutes, two CPU cores
     python linear_eval.py --weights byol.pt   # 91.1% (random: 88.1%)
@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from common import BACKBONES, DATASETS, DataError, build_backbone, load_dataset
 
-# area: of a crop, as a fraction. mirror, grayscale: probabilities.
+# area: of a crop, as a fraction. mirror, grayscale, solarize: probabilities.
 # jitter: largest change of brightness, contrast, saturation, hue.
 VIEW_1 = dict(area=(0.3, 1), mirror=0.5, jitter=(0.4, 0.4, 0.2, 0.1), grayscale=0.2)
 VIEW_2 = VIEW_1 | dict(solarize=0.2)  # of the second view only (appendix B)
@@ -60,7 +60,7 @@ class BYOL(nn.Module):
             nn.ReLU(inplace=True),
             nn.Linear(hidden_dim, projection_dim),
         )
-        # The target starts as a copy, and is frozen: no optimizer moves it.
+        # The target starts as a copy. It gets no gradient, so SGD skips it.
         self.target = deepcopy(nn.Sequential(backbone, self.projector)).requires_grad_(False)
 
     def forward(self, x1, x2):
@@ -81,7 +81,7 @@ class BYOL(nn.Module):
 
 
 def regression_loss(p, t):
-    """Return the mean of 2 - 2 cos(p, t) over the rows of p and t, (N, D): 0 to 4 (Eq. 2)."""
+    """Return the mean squared distance of p and t, (N, D), at length 1: 0 to 4 (Eq. 2)."""
     return (2 - 2 * F.cosine_similarity(p, t, dim=1)).mean()
 
 
@@ -189,14 +189,14 @@ def random_resized_crop(x, area):
 
 
 def turn_hue(x, turn):
-    """Turn colours around the grey axis by `turn` (N, 1, 1, 1); 1 is the circle."""
+    """Turn colours around the grey axis by `turn` (N, 1, 1, 1); 1 is a full turn."""
     cos, sin = (2 * math.pi * turn).cos(), (2 * math.pi * turn).sin() / math.sqrt(3)
     mean = x.mean(dim=1, keepdim=True)
     return mean + cos * (x - mean) + sin * (x.roll(1, dims=1) - x.roll(2, dims=1))
 
 
 def spread(z):
-    """Return z_std of z (N, D): 1 for random directions, 0 for one, near 1 also for v and -v."""
+    """Return z_std of z (N, D): about 1 for random directions, 0 for one; a line may have 1."""
     return F.normalize(z.detach(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 

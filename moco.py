@@ -1,8 +1,8 @@
 """MoCo v2: Momentum Contrast (He et al. 2019, arxiv.org/abs/1911.05722 and 2003.04297).
 
-A query, made from one view of an image, must find the key made from the other view among thousands
-of keys of other images, the negatives. A queue keeps these from earlier batches. Old and new keys
-can be compared because the key encoder, a running average of the query encoder, changes slowly.
+A query, made from one view of an image, must find its key, made from the other view, among
+thousands of negatives: keys of other images, which a queue keeps. If all keys were alike, it could
+not. Old keys stay comparable, as the key encoder, a running average, changes slowly.
 
     python moco.py --epochs 10                # 4 minutes, two CPU cores
     python linear_eval.py --weights moco.pt   # 91.1% (random: 88.1%)
@@ -48,7 +48,7 @@ class MoCo(nn.Module):
             nn.ReLU(inplace=True),
             nn.Linear(hidden_dim, projection_dim),
         )
-        # The key encoder starts as a copy, and is frozen: no optimizer moves it.
+        # The key encoder starts as a copy. It gets no gradient, so SGD skips it.
         self.key_encoder = deepcopy(nn.Sequential(backbone, self.projector)).requires_grad_(False)
         queue = F.normalize(torch.randn(queue_size, projection_dim), dim=1)
         self.register_buffer("queue", queue)  # (K, D): random at first
@@ -65,8 +65,8 @@ class MoCo(nn.Module):
         """theta_k = m * theta_k + (1 - m) * theta_q (Eq. 2)."""
         encoder = nn.Sequential(self.backbone, self.projector)
         # Weights only: BatchNorm's running statistics come from its own keys.
-        for k, q in zip(self.key_encoder.parameters(), encoder.parameters(), strict=True):
-            k.lerp_(q, 1 - momentum)
+        for key, query in zip(self.key_encoder.parameters(), encoder.parameters(), strict=True):
+            key.lerp_(query, 1 - momentum)
 
     @torch.no_grad()
     def enqueue(self, keys):
@@ -81,7 +81,7 @@ class MoCo(nn.Module):
 def info_nce(q, k, queue, temperature):
     """Return the cross-entropy of query q picking key k out of k and the queue (Eq. 1).
 
-    q, k: (N, D), queue: (K, D), rows of length 1. If all keys are alike: log(K + 1).
+    q, k: (N, D), queue: (K, D), rows of length 1. After a collapse: log(K + 1).
     """
     positive = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
     logits = torch.cat([positive, q @ queue.T], dim=1) / temperature  # (N, 1 + K)
@@ -192,14 +192,14 @@ def random_resized_crop(x, area):
 
 
 def turn_hue(x, turn):
-    """Turn colours around the grey axis by `turn` (N, 1, 1, 1); 1 is the circle."""
+    """Turn colours around the grey axis by `turn` (N, 1, 1, 1); 1 is a full turn."""
     cos, sin = (2 * math.pi * turn).cos(), (2 * math.pi * turn).sin() / math.sqrt(3)
     mean = x.mean(dim=1, keepdim=True)
     return mean + cos * (x - mean) + sin * (x.roll(1, dims=1) - x.roll(2, dims=1))
 
 
 def spread(z):
-    """Return z_std of z (N, D): 1 for random directions, 0 for one, near 1 also for v and -v."""
+    """Return z_std of z (N, D): about 1 for random directions, 0 for one; a line may have 1."""
     return F.normalize(z.detach(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 

@@ -4,7 +4,8 @@ arxiv.org/abs/2002.05709).
 Draw two random views of each image of a batch. For each view, the network must pick the one that
 shows the same image among all other views of the batch, by the similarity of their embeddings. The
 rest, the negatives, show other images. So the two views of an image get similar embeddings, and
-different images get different ones. What the two views have in common is what the image shows.
+different images get different ones. The views differ in crop and colour, so what they have in
+common is what the image shows.
 
     python simclr.py --epochs 10                # 5 minutes, two CPU cores
     python linear_eval.py --weights simclr.pt   # 91.0% (random: 88.1%)
@@ -63,7 +64,8 @@ class SimCLR(nn.Module):
 def nt_xent(z1, z2, temperature):
     """Return the cross-entropy of finding a view's partner among the 2N - 1 other views (Eq. 1).
 
-    z1, z2: (N, D), row i of both from image i. Equal rows give log(2N - 1).
+    z1, z2: (N, D), row i of both from image i. The lower the temperature, the more the most similar
+    negatives weigh. After a collapse: log(2N - 1).
     """
     z = F.normalize(torch.cat([z1, z2]), dim=1)  # (2N, D)
     logits = z @ z.T / temperature  # (2N, 2N)
@@ -183,14 +185,14 @@ def random_resized_crop(x, area):
 
 
 def turn_hue(x, turn):
-    """Turn colours around the grey axis by `turn` (N, 1, 1, 1); 1 is the circle."""
+    """Turn colours around the grey axis by `turn` (N, 1, 1, 1); 1 is a full turn."""
     cos, sin = (2 * math.pi * turn).cos(), (2 * math.pi * turn).sin() / math.sqrt(3)
     mean = x.mean(dim=1, keepdim=True)
     return mean + cos * (x - mean) + sin * (x.roll(1, dims=1) - x.roll(2, dims=1))
 
 
 def spread(z):
-    """Return z_std of z (N, D): 1 for random directions, 0 for one, near 1 also for v and -v."""
+    """Return z_std of z (N, D): about 1 for random directions, 0 for one; a line may have 1."""
     return F.normalize(z.detach(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 

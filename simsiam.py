@@ -5,7 +5,8 @@ One network sees two random views of an image. From its embedding of one view, a
 its embedding of the other. Only the prediction is trained to agree: no gradient flows into what is
 predicted. There are no negatives, no queue and no averaged network. If all embeddings were equal,
 the prediction would be perfect; predictor and stop-gradient keep training away from that. Why they
-do is not settled: section 5 of the paper sees two problems solved alternately, as in k-means.
+do is not settled: section 5 of the paper sees two steps in turn, as in k-means. One fixes what is
+predicted, the other fits the network to it.
 
     python simsiam.py --epochs 10                # 6 minutes, two CPU cores
     python linear_eval.py --weights simsiam.pt   # 90.8% (random: 88.1%)
@@ -90,7 +91,7 @@ def train(args):
     backbone = build_backbone(args.backbone, images.shape[1], images.shape[3])
     model = SimSiam(backbone, args.projection_dim, args.bottleneck_dim).to(args.device)
     peak_lr = args.lr * args.batch_size / 256
-    # z changes until the end, so the rate of the predictor rises but does not fall (4.2).
+    # The predictor must keep up with z, so its rate rises but does not fall (section 4.2).
     groups = [
         dict(params=[*model.backbone.parameters(), *model.projector.parameters()], falls=True),
         dict(params=model.predictor.parameters(), falls=False),
@@ -181,14 +182,14 @@ def random_resized_crop(x, area):
 
 
 def turn_hue(x, turn):
-    """Turn colours around the grey axis by `turn` (N, 1, 1, 1); 1 is the circle."""
+    """Turn colours around the grey axis by `turn` (N, 1, 1, 1); 1 is a full turn."""
     cos, sin = (2 * math.pi * turn).cos(), (2 * math.pi * turn).sin() / math.sqrt(3)
     mean = x.mean(dim=1, keepdim=True)
     return mean + cos * (x - mean) + sin * (x.roll(1, dims=1) - x.roll(2, dims=1))
 
 
 def spread(z):
-    """Return z_std of z (N, D): 1 for random directions, 0 for one, near 1 also for v and -v."""
+    """Return z_std of z (N, D): about 1 for random directions, 0 for one; a line may have 1."""
     return F.normalize(z.detach(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 

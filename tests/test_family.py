@@ -165,7 +165,7 @@ def cpc(p, z):
 
 
 def cmc(z1, z2, temperature):
-    """Eq. 2 from the first view and from the second (Eq. 3), with the batch for negatives."""
+    """Eq. 2 and 3 from the first view and from the second (Eq. 4), with the batch for negatives."""
     loss = 0
     for a, b in ((z1, z2), (z2, z1)):
         for i, row in enumerate(a):
