@@ -35,7 +35,7 @@ import simclr
 import simsiam
 from common import DataError, build_backbone, load_dataset
 
-STRENGTHS = (3, 10, 30, 100, 300, 1000)  # candidates for C: the larger, the weaker the penalty
+CANDIDATES = (3, 10, 30, 100, 300, 1000)  # candidates for C: the larger, the weaker the penalty
 # Training with labels: 3,000 steps, or ten epochs where that is more. Chosen on held-out images.
 STEPS, BATCH_SIZE, LR = 3000, 128, 0.03
 SCRIPTS = {"simclr": simclr, "moco": moco, "byol": byol, "simsiam": simsiam}
@@ -94,7 +94,7 @@ def knn_accuracy(train, train_labels, test, test_labels, k=200, temperature=0.1)
     return 100 * correct / len(test)
 
 
-def fit_logistic(x, labels, n_classes, strength, iterations=60):
+def fit_logistic(x, labels, n_classes, c, iterations=60):
     """Minimise C * sum of cross-entropies + ||W||^2 / 2; return W (K, F) and b (K,).
 
     scikit-learn's LogisticRegression(C=C) has the same minimum. L-BFGS gets there fast if all
@@ -102,7 +102,7 @@ def fit_logistic(x, labels, n_classes, strength, iterations=60):
     uncorrelated, such as principal components, one scale for each feature is enough.
     """
     n = len(x)
-    scale = (x.square().mean(dim=0) / n_classes + 1 / (strength * n)).rsqrt()  # (F,)
+    scale = (x.square().mean(dim=0) / n_classes + 1 / (c * n)).rsqrt()  # (F,)
     v = torch.zeros(n_classes, x.shape[1], device=x.device, requires_grad=True)
     bias = torch.zeros(n_classes, device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -113,7 +113,7 @@ def fit_logistic(x, labels, n_classes, strength, iterations=60):
         optimizer.zero_grad()
         weight = v * scale
         value = F.cross_entropy(F.linear(x, weight, bias), labels)
-        value = value + weight.square().sum() / (2 * strength * n)
+        value = value + weight.square().sum() / (2 * c * n)
         value.backward()
         return value
 
@@ -138,13 +138,13 @@ def linear_probe(train, labels, test, n_classes):
 
     generator = torch.Generator().manual_seed(0)
     folds = torch.randperm(len(train), generator=generator)[:10_000].chunk(5)
-    correct = dict.fromkeys(STRENGTHS, 0)
+    correct = dict.fromkeys(CANDIDATES, 0)
     for i, held_out in enumerate(folds):
         fitted = torch.cat(folds[:i] + folds[i + 1 :])
-        for strength in STRENGTHS:
-            weight, bias = fit_logistic(train[fitted], labels[fitted], n_classes, strength, 20)
+        for c in CANDIDATES:
+            weight, bias = fit_logistic(train[fitted], labels[fitted], n_classes, c, 20)
             guesses = F.linear(train[held_out], weight, bias).argmax(dim=1)
-            correct[strength] += (guesses == labels[held_out]).sum().item()
+            correct[c] += (guesses == labels[held_out]).sum().item()
     best = max(correct, key=correct.get)
     weight, bias = fit_logistic(train, labels, n_classes, best)
     return F.linear(test, weight, bias).argmax(dim=1), best
@@ -388,7 +388,7 @@ def print_table(rows, frozen, draws, data, report, seed):
     print(f"of {max(draws):,} labels.\n\n{'':<{width}}{columns}     kNN     C     s")
     scores, last = {name: {} for name in rows}, {}
     for name, encoder in rows.items():
-        begun, cells, knn, strength = time.perf_counter(), "", "-", "-"
+        begun, cells, knn, c = time.perf_counter(), "", "-", "-"
         if name in frozen:
             test = extract_features(encoder, data.test_images, everything)
         for n, some in draws.items():
@@ -397,7 +397,7 @@ def print_table(rows, frozen, draws, data, report, seed):
                 labels = data.train_labels[indices]
                 if name in frozen:
                     train = extract_features(encoder, data.train_images, indices)
-                    guesses, strength = linear_probe(train, labels, test, len(data.classes))
+                    guesses, c = linear_probe(train, labels, test, len(data.classes))
                 else:
                     images = data.train_images[indices]
                     network = train_with_labels(encoder, images, labels, len(data.classes), seed)
@@ -410,7 +410,7 @@ def print_table(rows, frozen, draws, data, report, seed):
         if name in frozen:
             knn = f"{knn_accuracy(train, labels, test, data.test_labels):.2f}"
         seconds, last[name] = time.perf_counter() - begun, guesses.cpu()
-        print(f"{name:<{width}}{cells}{knn:>8}{strength:>6}{seconds:>6.0f}", flush=True)
+        print(f"{name:<{width}}{cells}{knn:>8}{c:>6}{seconds:>6.0f}", flush=True)
     for name, guesses in last.items() if report else ():
         truth = data.test_labels.cpu()
         print(f"\n{name}\n{classification_report(truth, guesses, target_names=data.classes)}")

@@ -288,4 +288,4 @@ if __name__ == "__main__":
     try:
         train(parse_args())
     except (DataError, KeyboardInterrupt) as error:
-        sys.exit(str(error) or "stopped: --resume goes on from --out")
+        sys.exit(str(error) or "stopped: --resume goes on from the last whole epoch")

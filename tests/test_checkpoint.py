@@ -68,7 +68,7 @@ def test_what_a_run_prints_and_leaves_when_it_ends_and_at_ctrl_c(runs, name):
     assert not list(folder.glob("*.tmp"))
     # Ctrl-C: in the first epoch's checkpoint, before its line.
     assert stopped[name].returncode == 1 and len(stopped[name].stdout.splitlines()) == 1
-    assert stopped[name].stderr == "stopped: --resume goes on from --out\n"
+    assert stopped[name].stderr == "stopped: --resume goes on from the last whole epoch\n"
 
 
 @pytest.mark.parametrize("name", METHODS)

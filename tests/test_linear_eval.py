@@ -74,10 +74,10 @@ def test_table_says_what_the_functions_say(checkpoint, tiny, tmp_path):
     test = linear_eval.extract_features(encoder, data.test_images, torch.arange(100))
     torch.testing.assert_close(test, encoder[-1](x).detach(), rtol=1e-4, atol=1e-5)
     features = linear_eval.extract_features(encoder, data.train_images, torch.arange(320))
-    guesses, strength = linear_eval.linear_probe(features, data.train_labels, test, 10)
+    guesses, c = linear_eval.linear_probe(features, data.train_labels, test, 10)
     knn = linear_eval.knn_accuracy(features, data.train_labels, test, data.test_labels)
     score = accuracy(guesses, data.test_labels)
-    assert rows["byol.pt"][1:4] == [f"{score:.2f}", f"{knn:.2f}", str(strength)]
+    assert rows["byol.pt"][1:4] == [f"{score:.2f}", f"{knn:.2f}", str(c)]
 
     reports = process.stdout.split("rows: classes")
     matrix = re.findall(r"\[+([ \d]+)\]", reports[3])  # of byol.pt
@@ -196,9 +196,9 @@ def test_knn_equals_brute_force(k, temperature):
 def test_probe_agrees_with_scikit_learn(n, dim):
     train, train_labels = clusters(n, dim, spread=dim**0.5 / 2)
     test, test_labels = clusters(2000, dim, seed=1, spread=dim**0.5 / 2)
-    predictions, strength = linear_eval.linear_probe(train, train_labels, test, 4)
+    predictions, c = linear_eval.linear_probe(train, train_labels, test, 4)
     a, b = F.normalize(train, dim=1), F.normalize(test, dim=1)
-    reference = LogisticRegression(C=strength, max_iter=5000, tol=1e-8).fit(a, train_labels)
+    reference = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(a, train_labels)
     expected = 100 * reference.score(b.numpy(), test_labels.numpy())
     assert accuracy(predictions, test_labels) == pytest.approx(expected, abs=0.3)
     assert 40 < expected < 99.5
@@ -208,9 +208,9 @@ def test_fit_logistic_finds_the_minimum():
     """Also where features are correlated and of different size."""
     features, labels = clusters(300)
     features[:, 0], features[:, 1] = 10 * features[:, 0], features[:, 2] + features[:, 1] / 10
-    for strength in (0.1, 1.0):
-        weight, bias = linear_eval.fit_logistic(features, labels, 4, strength, iterations=500)
-        reference = LogisticRegression(C=strength, max_iter=5000, tol=1e-10).fit(features, labels)
+    for c in (0.1, 1.0):
+        weight, bias = linear_eval.fit_logistic(features, labels, 4, c, iterations=500)
+        reference = LogisticRegression(C=c, max_iter=5000, tol=1e-10).fit(features, labels)
         expected = torch.tensor(reference.coef_).float()
         torch.testing.assert_close(weight - weight.mean(0), expected, atol=2e-2, rtol=0)
         expected = torch.tensor(reference.intercept_).float()
@@ -231,14 +231,14 @@ def test_the_best_strength_is_chosen(strong):
     else:
         x[:, 1], given = x[:, 0] + 0.06 * labels + 0.02 * noise, labels
     train, test = x[:400], x[400:]
-    guesses, strength = linear_eval.linear_probe(train, given[:400], test, 2)
+    guesses, best = linear_eval.linear_probe(train, given[:400], test, 2)
     scores = {}
-    for c in linear_eval.STRENGTHS:  # scikit-learn has one vector for two classes, hence 2 c
+    for c in linear_eval.CANDIDATES:  # scikit-learn has one vector for two classes, hence 2 c
         model = LogisticRegression(C=2 * c, max_iter=5000, tol=1e-8)
         model.fit(F.normalize(train, dim=1), given[:400])
         scores[c] = 100 * model.score(F.normalize(test, dim=1), labels[400:])
-    assert scores[strength] > max(scores.values()) - 0.4 > min(scores.values()) + 3
-    assert accuracy(guesses, labels[400:]) == pytest.approx(scores[strength], abs=0.3)
+    assert scores[best] > max(scores.values()) - 0.4 > min(scores.values()) + 3
+    assert accuracy(guesses, labels[400:]) == pytest.approx(scores[best], abs=0.3)
 
 
 def test_features_of_too_few_dimensions_give_a_number():
