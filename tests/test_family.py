@@ -199,7 +199,7 @@ SETTINGS = {  # what the docstrings say, beside what the loss is given above
     "swav": dict(prototypes=128, temperature=0.1),
     "moco_v3": dict(momentum=0.99, temperature=0.1),
     "dino": dict(prototypes=1024, tau=0.99),
-    "instdisc": dict(negatives=4096, momentum=0.5, temperature=0.07),
+    "instdisc": dict(negatives=4096, momentum=0.5, temperature=0.07, lr=0.03),
     "cpc": dict(context_dim=256),
     "cmc": dict(temperature=0.07),
     "simclr_v2": dict(temperature=0.2, hidden_dim=512),
