@@ -275,7 +275,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv, argparse.Namespace(method=Path(__file__).stem))
     if args.bf16 is None:
         args.bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(False)
-    ranges = dict(seed=(0, 1e6), batch_size=(2, 1e6), tau=(0, 1))
+    ranges = dict(seed=(0, 1e6), epochs=(1, 1e6), batch_size=(2, 1e6), tau=(0, 1))
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1e-6, 1e6))
         if type(value) in (int, float) and not low <= value <= high:

@@ -134,7 +134,7 @@ def test_a_bug_keeps_its_traceback(tiny, tmp_path, monkeypatch):
 
 
 OPTIONS = [
-    (METHODS, ["--epochs", "0"], "--epochs 0"),
+    (METHODS, ["--epochs", "0"], "--epochs 0 is not from 1 to"),
     (METHODS, ["--batch-size", "1"], "--batch-size 1"),
     (METHODS, ["--batch-size", "321"], "--batch-size 321: use a multiple of 1 up to 320"),
     (METHODS, ["--lr", "nan"], "--lr nan"),
