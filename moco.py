@@ -1,4 +1,4 @@
-"""MoCo v2: Momentum Contrast (He et al. 2019, arxiv.org/abs/1911.05722 and 2003.04297).
+"""MoCo v2: Momentum Contrast (He et al. 2019, Chen et al. 2020, arXiv 1911.05722, 2003.04297).
 
 A query, made from one view of an image, must find its key, made from the other view, among
 thousands of negatives: keys of other images, which a queue keeps. If all keys were alike, it could
