@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DIFFS, METHODS, ROOT, train, write_images
+from refresh_variants import refresh
 from torch import nn
 
 TRAINED = [name for name in DIFFS if not name.startswith("linear_eval")]
@@ -242,3 +243,14 @@ def test_linear_eval_z(variants, load_variant, tiny):
     assert train(variants, tiny, "simclr", *options).returncode == 0
     encoder, saved = load_variant("linear_eval_z").load_encoder(variants / "z.pt")
     assert encoder(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).shape == (2, 24)
+
+
+def test_refresh_leaves_a_fresh_diff_alone():
+    """InstDisc looks as much like SimCLR, but stays a diff of MoCo."""
+    path = ROOT / "docs" / "variants" / "instdisc.diff"
+
+    def lines(diff):  # but git's count of how alike they are
+        return [line for line in diff.splitlines() if not line.startswith(("index", "similarity"))]
+
+    assert "copy from moco.py" in path.read_text()
+    assert lines(refresh(path)) == lines(path.read_text())
