@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 DATASETS = ("fashion-mnist", "cifar10", "cifar100", "stl10", "digits")
-BACKBONES = ("convnet", "resnet18", "resnet50")
+BACKBONES = ("convnet", "vit", "resnet18", "resnet50")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_FILES = (
     "train-images-idx3-ubyte",
@@ -258,12 +258,14 @@ def build_backbone(name, in_channels, image_size=32):
 
     - convnet: three stride-2 convolutions of 32, 64 and 128 channels, flattened; other sizes than
       25 to 32 pixels are pooled to 4 x 4 first: 2,048 features. Small enough for a laptop's CPU.
+    - vit: a small vision transformer, two blocks of width 64 on patches of 4 x 4 pixels: 64
+      features, those of the class token. It wants AdamW, which the diffs of DINO and MoCo v3 use.
     - resnet18, resnet50: torchvision's, without the classifier. For images of up to 64 pixels the
       first convolution is 3 x 3 with stride 1 and there is no max-pooling (SimCLR, appendix B.9),
       since the stock stem would shrink them to almost nothing.
 
     The weights are laid out channels_last, which convolutions prefer on CPUs and on GPUs in bf16.
-    Raises ValueError for another name.
+    Raises ValueError for another name, DataError for images that patches do not fit.
     """
     if name == "convnet":
         layers, channels = [], in_channels
@@ -275,6 +277,14 @@ def build_backbone(name, in_channels, image_size=32):
             layers.append(nn.AdaptiveAvgPool2d(4))
         backbone = nn.Sequential(*layers, nn.Flatten())
         backbone.feature_dim = 128 * 4 * 4
+    elif name == "vit":
+        if image_size % 4:
+            raise DataError(f"--image-size {image_size}: the vit needs a multiple of 4")
+        backbone = torchvision.models.VisionTransformer(
+            image_size, patch_size=4, num_layers=2, num_heads=2, hidden_dim=64, mlp_dim=128
+        )
+        backbone.conv_proj = nn.Conv2d(in_channels, 64, 4, stride=4)  # torchvision takes RGB only
+        backbone.feature_dim, backbone.heads = 64, nn.Identity()
     elif name in BACKBONES:
         backbone = getattr(torchvision.models, name)()
         if image_size <= 64:

@@ -254,12 +254,21 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", common.BACKBONES)
 def test_backbone_shapes(name, channels, size):
     backbone = common.build_backbone(name, channels, size).eval()
-    expected = {"convnet": 2048, "resnet18": 512, "resnet50": 2048}[name]
+    expected = {"convnet": 2048, "vit": 64, "resnet18": 512, "resnet50": 2048}[name]
     with torch.no_grad():
         assert backbone(torch.rand(2, channels, size, size)).shape == (2, expected)
     assert backbone.feature_dim == expected
     weights = [p for p in backbone.parameters() if p.ndim == 4]
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
-    if name != "convnet":
+    if name == "vit":
+        assert backbone.encoder.pos_embedding.shape == (1, 1 + (size // 4) ** 2, 64)
+        assert [len(backbone.encoder.layers), backbone.encoder.layers[0].num_heads] == [2, 2]
+        assert backbone.encoder.layers[0].mlp[0].out_features == 128
+    if name.startswith("resnet"):
         assert backbone.conv1.stride == ((1, 1) if size <= 64 else (2, 2))
         assert isinstance(backbone.maxpool, torch.nn.Identity) == (size <= 64)
+
+
+def test_vit_takes_whole_patches_only():
+    with pytest.raises(common.DataError, match="--image-size 30: .* multiple of 4"):
+        common.build_backbone("vit", 1, 30)

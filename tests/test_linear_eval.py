@@ -261,10 +261,10 @@ torch.save([program(images[:1]), program(images)], "features.pt")
 """
 
 
-@pytest.mark.parametrize("backbone", ["convnet", "resnet18"])
+@pytest.mark.parametrize("backbone", ["convnet", "vit", "resnet18"])
 def test_exported_program_runs_without_this_code(checkpoint, tiny, tmp_path, backbone):
     saved = torch.load(checkpoint, weights_only=True)
-    if backbone == "resnet18":
+    if backbone != "convnet":
         network = common.build_backbone(backbone, 1, 28)
         saved["model"] = {f"backbone.{k}": v for k, v in network.state_dict().items()}
         saved["args"]["backbone"] = backbone

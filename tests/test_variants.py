@@ -40,17 +40,17 @@ MOVING = {  # the parts that training changes: those of the longest name that fi
 
 def build(module, **sizes):
     """Return the model of a variant, for images of 28 x 28, with the weights of seed 0."""
+    args = vars(module.parse_args([])) | sizes
     torch.manual_seed(0)
     if hasattr(module, "TwoBackbones"):
-        backbone = module.TwoBackbones("convnet", 3, 32)
+        backbone = module.TwoBackbones(args["backbone"], 3, 32)
     else:
-        backbone = module.build_backbone("convnet", 1, 28)
+        backbone = module.build_backbone(args["backbone"], 1, 28)
     *_, kind = (
         x
         for x in vars(module).values()
         if getattr(x, "__module__", "") == module.__name__ and isinstance(x, type)
     )
-    args = vars(module.parse_args([])) | sizes
     names = list(inspect.signature(kind).parameters)[1:]
     return kind(backbone, *(args[name] for name in names))
 
@@ -89,7 +89,11 @@ def test_variant_trains_and_is_evaluated(variants, load_variant, tiny, name):
         return
     encoder, saved = linear_eval.load_encoder(variants / f"{name}.pt")
     assert saved["args"]["method"] == name
-    assert encoder(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).shape == (2, 2048)
+    features = 64 if saved["args"]["backbone"] == "vit" else 2048
+    assert encoder(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).shape == (2, features)
+    optimizer, adamw_decay = saved["optimizer"]["param_groups"][0], {"dino": 0.04, "moco_v3": 0.1}
+    assert ("betas" in optimizer) == (name in adamw_decay)
+    assert optimizer["weight_decay"] == adamw_decay.get(name, 5e-4)
 
 
 @pytest.mark.parametrize("name", ["simsiam_no_stop_grad", "simsiam_no_stop_grad_no_norm"])
