@@ -1,5 +1,6 @@
 """The evaluation: features, probe, neighbours, and files that must not be believed."""
 
+import math
 import os
 import pickle
 import re
@@ -169,6 +170,55 @@ def test_train_with_labels_learns(tiny, monkeypatch):
     assert all(not torch.equal(p, q) for p, q in pairs)  # all of the copy is trained
     logits = linear_eval.extract_features(network, data.test_images, torch.arange(100))
     assert accuracy(logits.argmax(dim=1), data.test_labels) > 50
+
+
+def test_settings_of_training_with_labels(tiny, monkeypatch):
+    """The rows "labels only" and "fine-tuned" are as good as these settings make them."""
+    optimizers, rates, views, losses = [], [], [], []
+
+    class Watched(torch.optim.SGD):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            optimizers.append((self, [p.detach().clone() for p in self.param_groups[0]["params"]]))
+
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step()
+
+    def watch(calls, function):
+        def watched(*args, **options):
+            calls.append((args[0], options))
+            return function(*args, **options)
+
+        return watched
+
+    monkeypatch.setattr(torch.optim, "SGD", Watched)
+    monkeypatch.setattr(linear_eval.simclr, "augment", watch(views, linear_eval.simclr.augment))
+    monkeypatch.setattr(F, "cross_entropy", watch(losses, F.cross_entropy))
+    assert (linear_eval.STEPS, linear_eval.BATCH_SIZE) == (3000, 128)
+    monkeypatch.setattr(linear_eval, "STEPS", 20)
+    data = common.load_dataset("fashion-mnist", tiny)
+    backbone = common.build_backbone("convnet", 1, 28)
+    encoder = linear_eval.normalized(backbone, data.mean.tolist(), data.std.tolist())
+    normalized = []
+    encoder[1].register_forward_hook(lambda *call: normalized.append(1))
+    for n, steps in ((60, 30), (20, 30), (320, 75)):  # 30 epochs of batches of up to 128
+        rates.clear()
+        images, labels = data.train_images[:n], data.train_labels[:n]
+        linear_eval.train_with_labels(encoder, images, labels, 10, 0)
+        assert len(rates) == steps
+        expected = [0.03 * (1 + math.cos(math.pi * i / steps)) / 2 for i in range(steps)]
+        assert rates == pytest.approx(expected)
+    for optimizer, start in optimizers:
+        group = optimizer.param_groups[0]
+        assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, True)
+        assert start[-2].shape[0] == 10 and not start[-2].any()  # the head starts at zero
+    assert all(options == linear_eval.simclr.VIEW_1 for _, options in views)
+    assert all(options == dict(label_smoothing=0.1) for _, options in losses)
+    assert len(views) == len(losses) == len(normalized) == 135
+    first, second = views[0][0], views[1][0]  # 60 images, in another order each epoch
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sum(dim=(1, 2, 3)).sort()[0], second.sum(dim=(1, 2, 3)).sort()[0])
 
 
 def brute_force_knn(train, train_labels, test, test_labels, k, temperature):
