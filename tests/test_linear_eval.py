@@ -219,6 +219,8 @@ def test_settings_of_training_with_labels(tiny, monkeypatch):
     first, second = views[0][0], views[1][0]  # 60 images, in another order each epoch
     assert not torch.equal(first, second)
     assert torch.equal(first.sum(dim=(1, 2, 3)).sort()[0], second.sum(dim=(1, 2, 3)).sort()[0])
+    first, second = ({x.numpy().tobytes() for x in batch} for batch, _ in views[60:62])
+    assert len(first) == len(second) == 128 and not first & second  # of 320: no image twice
 
 
 def brute_force_knn(train, train_labels, test, test_labels, k, temperature):
