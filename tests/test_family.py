@@ -3,10 +3,11 @@
 import math
 
 import byol
+import moco
 import pytest
 import simclr
 import torch
-from conftest import train
+from conftest import DIFFS, train
 from torch.autograd import grad
 
 N, D = 6, 4
@@ -190,32 +191,33 @@ CASES = {  # variant: its loss, the reference, what they get beside the two view
 }
 
 
-SETTINGS = {  # what the docstrings say, beside what the loss is given above
+SETTINGS = {  # options that are not as in the script that the diff copies
     "barlow_twins": dict(weight=0.005, projection_dim=512),
-    "vicreg": dict(projection_dim=512),
+    "vicreg": dict(projection_dim=512, lr=0.5),
     "supcon": dict(temperature=0.1),
     "invaspread": dict(temperature=0.1),
-    "lejepa": dict(weight=0.05, projection_dim=64),
+    "lejepa": dict(weight=0.05, projection_dim=64, lr=0.5),
     "swav": dict(prototypes=128, temperature=0.1),
-    "moco_v3": dict(momentum=0.99, temperature=0.1),
-    "dino": dict(prototypes=1024, tau=0.99),
-    "instdisc": dict(negatives=4096, momentum=0.5, temperature=0.07, lr=0.03),
+    "moco_v3": dict(backbone="vit", lr=0.002),
+    "dino": dict(backbone="vit", lr=0.002, prototypes=1024),
+    "instdisc": dict(negatives=4096, momentum=0.5, temperature=0.2, lr=0.03),
     "cpc": dict(context_dim=256),
     "cmc": dict(temperature=0.07),
-    "simclr_v2": dict(temperature=0.2, hidden_dim=512),
+    "simclr_v2": dict(temperature=0.1),
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings(load_variant, name):
-    module = load_variant(name)
-    assert SETTINGS[name].items() <= vars(module.parse_args(["--out", "there-is-none"])).items()
-    expected = simclr.VIEW_1
-    if name == "dino":
-        expected = byol.VIEW_1
-    elif name == "cmc":  # a change of colour would be the same in both of its views
-        expected = dict(area=(0.2, 1), mirror=0.5, jitter=(0, 0, 0, 0), grayscale=0)
-    assert expected == module.VIEW_1
+    module, diff = load_variant(name), DIFFS[name].read_text()
+    [script] = [s for s in (simclr, moco, byol) if f"copy from {s.__name__}.py" in diff]
+    options, copied = (vars(m.parse_args(["--out", "there-is-none"])) for m in (module, script))
+    expected = {key: copied.get(key) for key in options} | SETTINGS[name] | {"method": name}
+    assert options == expected
+    view = script.VIEW_1
+    if name == "cmc":  # a change of colour would be the same in both of its views
+        view = dict(area=(0.2, 1), mirror=0.5, jitter=(0, 0, 0, 0), grayscale=0)
+    assert module.VIEW_1 == view
 
 
 @pytest.mark.parametrize("name", CASES)
