@@ -86,6 +86,8 @@ def test_variant_trains_and_is_evaluated(variants, load_variant, tiny, name):
     originals = "".join((ROOT / f"{method}.py").read_text() for method in METHODS)
     assert module.__doc__.split("\n")[0] not in originals
     if name == "cmc":  # which linear_eval_cmc.py evaluates
+        std = torch.load(variants / "cmc.pt", weights_only=True)["args"]["std"]
+        assert len(set(std)) == 1  # so that the colour of a grey image is 0
         return
     encoder, saved = linear_eval.load_encoder(variants / f"{name}.pt")
     assert saved["args"]["method"] == name
