@@ -137,9 +137,9 @@ def test_validation_leaves_the_test_set_alone(checkpoint, tiny, capsys, monkeypa
 def test_baselines_and_finetuning(checkpoint, tiny, capsys, monkeypatch):
     calls, original = [], linear_eval.train_with_labels
 
-    def watched(encoder, images, labels, *rest):
-        calls.append((encoder[-1][0].weight.clone(), images, labels))
-        return original(encoder, images, labels, *rest)
+    def watched(encoder, images, labels, n_classes, seed, backbone_lr):
+        calls.append((encoder[-1][0].weight.clone(), images, labels, backbone_lr))
+        return original(encoder, images, labels, n_classes, seed, backbone_lr)
 
     monkeypatch.setattr(linear_eval, "train_with_labels", watched)
     monkeypatch.setattr(linear_eval, "STEPS", 4)
@@ -149,11 +149,12 @@ def test_baselines_and_finetuning(checkpoint, tiny, capsys, monkeypatch):
     assert list(rows)[3:] == ["labels only", "byol.pt fine-tuned"]
     data = common.load_dataset("fashion-mnist", tiny)
     encoder, _ = linear_eval.load_encoder(checkpoint)
-    for i, (weight, images, labels) in enumerate(calls):
+    for i, (weight, images, labels, backbone_lr) in enumerate(calls):
         drawn = linear_eval.draw_labels(data.train_labels, torch.arange(320), 20, seed=i % 2)
         assert torch.equal(images, data.train_images[drawn])  # these labels and no more
         assert torch.equal(labels, data.train_labels[drawn])
-        assert torch.equal(weight, encoder[-1][0].weight) == (i >= 2)  # each time from the start
+        pretrained = torch.equal(weight, encoder[-1][0].weight)  # each time from the start
+        assert pretrained == (i >= 2) and backbone_lr == (0.001 if pretrained else 0.03)
     assert len(calls) == 4
 
 
@@ -165,7 +166,7 @@ def test_train_with_labels_learns(tiny, monkeypatch):
     backbone = common.build_backbone("convnet", 1, 28)
     encoder = linear_eval.normalized(backbone, data.mean.tolist(), data.std.tolist())
     images, labels = data.train_images[:100], data.train_labels[:100]
-    network = linear_eval.train_with_labels(encoder, images, labels, 10, 0)
+    network = linear_eval.train_with_labels(encoder, images, labels, 10, 0, 0.1)
     pairs = zip(network[-1][0].parameters(), backbone.parameters(), strict=True)
     assert all(not torch.equal(p, q) for p, q in pairs)  # all of the copy is trained
     logits = linear_eval.extract_features(network, data.test_images, torch.arange(100))
@@ -179,10 +180,11 @@ def test_settings_of_training_with_labels(tiny, monkeypatch):
     class Watched(torch.optim.SGD):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
-            optimizers.append((self, [p.detach().clone() for p in self.param_groups[0]["params"]]))
+            backbone, head = (group["params"] for group in self.param_groups)
+            optimizers.append((self, len(backbone), [p.detach().clone() for p in head]))
 
         def step(self):
-            rates.append(self.param_groups[0]["lr"])
+            rates.append([group["lr"] for group in self.param_groups])
             return super().step()
 
     def watch(calls, function):
@@ -205,14 +207,17 @@ def test_settings_of_training_with_labels(tiny, monkeypatch):
     for n, steps in ((60, 30), (20, 30), (320, 75)):  # 30 epochs of batches of up to 128
         rates.clear()
         images, labels = data.train_images[:n], data.train_labels[:n]
-        linear_eval.train_with_labels(encoder, images, labels, 10, 0)
+        linear_eval.train_with_labels(encoder, images, labels, 10, 0, 0.005)
         assert len(rates) == steps
-        expected = [0.03 * (1 + math.cos(math.pi * i / steps)) / 2 for i in range(steps)]
-        assert rates == pytest.approx(expected)
-    for optimizer, start in optimizers:
-        group = optimizer.param_groups[0]
-        assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, True)
-        assert start[-2].shape[0] == 10 and not start[-2].any()  # the head starts at zero
+        for peak, found in zip((0.005, 0.03), zip(*rates, strict=True), strict=True):
+            expected = [peak * (1 + math.cos(math.pi * i / steps)) / 2 for i in range(steps)]
+            assert found == pytest.approx(expected)
+    for optimizer, in_backbone, head in optimizers:
+        for group in optimizer.param_groups:
+            settings = group["momentum"], group["weight_decay"], group["nesterov"]
+            assert settings == (0.9, 5e-4, True)
+        assert in_backbone == len(list(backbone.parameters()))
+        assert head[0].shape[0] == 10 and not head[0].any()  # the linear layer starts at zero
     assert all(options == linear_eval.simclr.VIEW_1 for _, options in views)
     assert all(options == dict(label_smoothing=0.1) for _, options in losses)
     assert len(views) == len(losses) == len(normalized) == 135
