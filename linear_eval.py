@@ -38,7 +38,7 @@ from common import DataError, build_backbone, load_dataset
 CANDIDATES = (3, 10, 30, 100, 300, 1000)  # candidates for C: the larger, the weaker the penalty
 # Training with labels: 3,000 steps, or 30 epochs where that is more. Chosen on held-out images.
 STEPS, EPOCHS, BATCH_SIZE, LR = 3000, 30, 128, 0.03
-FINETUNE_LR = 0.001  # of a pretrained backbone: a higher rate undoes what it has learnt
+FINETUNE_LR = 0.001  # of a pretrained backbone: with few labels a higher rate undoes its training
 SCRIPTS = {"simclr": simclr, "moco": moco, "byol": byol, "simsiam": simsiam}
 
 
@@ -155,7 +155,7 @@ def train_with_labels(encoder, images, labels, n_classes, seed, backbone_lr):
     """Train a copy of an encoder, and a linear layer, on uint8 images (N, C, H, W).
 
     Return the two as one network. Random weights show what labels alone give; with pretrained ones
-    it is fine-tuning. The linear layer starts from nothing, so its peak rate is LR in both cases.
+    it is fine-tuning. The linear layer starts at zero, so its peak rate is LR in both cases.
     SGD as in the methods, with Nesterov momentum; bf16 on a GPU that has it.
     """
     scale, normalize, backbone = deepcopy(encoder)
