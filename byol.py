@@ -14,7 +14,7 @@ N images in a batch, D dimensions of an embedding. x is a view, h = backbone(x) 
 z = projector(h), p = predictor(z), and t = target(x) is the target network's z.
 
 Unlike the paper: SGD with weight decay 5e-4 on all weights, not LARS, which is for batches of
-thousands; smaller heads; tau starts at 0.99, as runs are short; crops of at least 0.3 of the area
+thousands; smaller heads; tau starts at 0.95, as runs are short; crops of at least 0.3 of the area
 and no blur, as images are small; a fixed order of colour changes, and hue by rotating RGB.
 """
 
@@ -259,7 +259,7 @@ def parse_args(argv=None):
     option, devices = parser.add_argument, ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
     option("--hidden-dim", type=int, default=512, help="of both MLPs; paper: 4096")
     option("--projection-dim", type=int, default=128, help="D; paper: 256")
-    option("--tau", type=float, default=0.99, help="momentum of the target at first; paper: 0.996")
+    option("--tau", type=float, default=0.95, help="momentum of the target at first; paper: 0.996")
     option("--lr", type=float, default=0.3, help="peak rate per 256 images")
     option("--epochs", type=int, default=100, help="to train")
     option("--batch-size", type=int, default=128, help="of all processes")

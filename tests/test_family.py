@@ -199,7 +199,7 @@ SETTINGS = {  # options that are not as in the script that the diff copies
     "lejepa": dict(weight=0.05, projection_dim=64, lr=0.5),
     "swav": dict(prototypes=128, temperature=0.1),
     "moco_v3": dict(backbone="vit", lr=0.002),
-    "dino": dict(backbone="vit", lr=0.002, prototypes=1024),
+    "dino": dict(backbone="vit", lr=0.002, prototypes=1024, tau=0.99),
     "instdisc": dict(negatives=4096, momentum=0.5, temperature=0.2, lr=0.03),
     "cpc": dict(context_dim=256),
     "cmc": dict(temperature=0.07),

@@ -221,7 +221,7 @@ def test_the_default_settings(tmp_path, monkeypatch):
     own = {
         "simclr": heads | dict(temperature=0.2, lr=0.25),
         "moco": heads | dict(temperature=0.1, lr=0.3, momentum=0.99, queue_size=4096),
-        "byol": heads | dict(tau=0.99, lr=0.3),
+        "byol": heads | dict(tau=0.95, lr=0.3),
         "simsiam": dict(projection_dim=512, bottleneck_dim=128, lr=0.4),
     }
     for name, script in SCRIPTS.items():
