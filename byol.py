@@ -2,12 +2,12 @@
 
 Two networks see two random views of an image. The online network learns to predict what the target
 network makes of the other view. The target is not trained: it is a running average of the online
-network. So it is steadier than that one, and improves as that one does. Mapping all images to one
+network. So it is steadier, yet improves as the online network does. Mapping all images to one
 point would be a perfect solution, as nothing pushes images apart. Two things keep training away
 from it: only the online network has a predictor, and no gradient flows into the target. Why they
 suffice is not fully understood.
 
-    python byol.py --epochs 10                # 7 minutes, two CPU cores
+    python byol.py --epochs 10                # 7 minutes, one CPU core
     python linear_eval.py --weights byol.pt   # 91.1% (random: 88.1%)
 
 N images in a batch, D dimensions of an embedding. x is a view, h = backbone(x) its features,
@@ -81,7 +81,7 @@ class BYOL(nn.Module):
 
 
 def regression_loss(p, t):
-    """Return the mean squared distance of p and t, (N, D), at length 1: 0 to 4 (Eq. 2)."""
+    """Return the mean squared distance of p and t (N, D), scaled to length 1: 0 to 4 (Eq. 2)."""
     return (2 - 2 * F.cosine_similarity(p, t, dim=1)).mean()
 
 
@@ -176,27 +176,27 @@ def augment(x, area, mirror, jitter, grayscale, solarize=0.0):
 
 
 def random_resized_crop(x, area):
-    """Cut a random box out of each image and stretch it to the image's size."""
+    """Cut a random box out of each of x (N, C, H, W), and stretch it to H x W."""
     draws = torch.rand(4, len(x), device=x.device)
     area = area[0] + (area[1] - area[0]) * draws[0]
     limit = (-area.log()).clamp(max=math.log(4 / 3))  # 4:3, or less to fit in
     ratio = ((2 * draws[1] - 1) * limit).exp()
     size = torch.stack([area * ratio, area / ratio], dim=1).sqrt()  # (N, 2)
-    center = (1 - size) * (2 * draws[2:].T - 1)  # inside the image
+    center = (1 - size) * (2 * draws[2:].T - 1)  # edges: -1 and 1
     theta = torch.cat([torch.diag_embed(size), center[:, :, None]], dim=2)  # (N, 2, 3)
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def turn_hue(x, turn):
-    """Turn colours around the grey axis by `turn` (N, 1, 1, 1); 1 is a full turn."""
+    """Turn the hue of x (N, 3, H, W) by `turn` (N, 1, 1, 1); 1 is a full turn."""
     cos, sin = (2 * math.pi * turn).cos(), (2 * math.pi * turn).sin() / math.sqrt(3)
     mean = x.mean(dim=1, keepdim=True)
     return mean + cos * (x - mean) + sin * (x.roll(1, dims=1) - x.roll(2, dims=1))
 
 
 def spread(z):
-    """Return z_std of z (N, D): about 1 for random directions, 0 for one; a line may have 1."""
+    """Return z_std of z (N, D): about 1 for random rows, 0 for equal ones; on a line up to 1."""
     return F.normalize(z.detach(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 
@@ -232,7 +232,7 @@ def join_processes(args):
 
 
 def save(args, model, optimizer, metrics):
-    """Write a checkpoint, then rename it, so that a kill spares the old one."""
+    """Write a checkpoint, then rename it: a crash spares the old one."""
     checkpoint = dict(args=vars(args), code=CODE, metrics=metrics)
     checkpoint |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,9 @@
 
 A query, made from one view of an image, must find its key, made from the other view, among
 thousands of negatives: keys of other images, which a queue keeps. If all keys were alike, it could
-not. Old keys stay comparable, as the key encoder, a running average, changes slowly.
+not. The key encoder is a slow average of the query encoder, so old keys stay comparable.
 
-    python moco.py --epochs 10                # 4 minutes, two CPU cores
+    python moco.py --epochs 10                # 4 minutes, one CPU core
     python linear_eval.py --weights moco.pt   # 91.1% (random: 88.1%)
 
 N images in a batch, D dimensions, K keys in the queue, q a query, k its key.
@@ -62,9 +62,9 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def update_key_encoder(self, momentum):
-        """theta_k = m * theta_k + (1 - m) * theta_q (Eq. 2)."""
+        """Move the key encoder: theta_k = m * theta_k + (1 - m) * theta_q (Eq. 2)."""
         encoder = nn.Sequential(self.backbone, self.projector)
-        # Weights only: BatchNorm's running statistics come from its own keys.
+        # Weights only: BatchNorm keeps its own running statistics.
         for key, query in zip(self.key_encoder.parameters(), encoder.parameters(), strict=True):
             key.lerp_(query, 1 - momentum)
 
@@ -179,27 +179,27 @@ def augment(x, area, mirror, jitter, grayscale, solarize=0.0):
 
 
 def random_resized_crop(x, area):
-    """Cut a random box out of each image and stretch it to the image's size."""
+    """Cut a random box out of each of x (N, C, H, W), and stretch it to H x W."""
     draws = torch.rand(4, len(x), device=x.device)
     area = area[0] + (area[1] - area[0]) * draws[0]
     limit = (-area.log()).clamp(max=math.log(4 / 3))  # 4:3, or less to fit in
     ratio = ((2 * draws[1] - 1) * limit).exp()
     size = torch.stack([area * ratio, area / ratio], dim=1).sqrt()  # (N, 2)
-    center = (1 - size) * (2 * draws[2:].T - 1)  # inside the image
+    center = (1 - size) * (2 * draws[2:].T - 1)  # edges: -1 and 1
     theta = torch.cat([torch.diag_embed(size), center[:, :, None]], dim=2)  # (N, 2, 3)
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def turn_hue(x, turn):
-    """Turn colours around the grey axis by `turn` (N, 1, 1, 1); 1 is a full turn."""
+    """Turn the hue of x (N, 3, H, W) by `turn` (N, 1, 1, 1); 1 is a full turn."""
     cos, sin = (2 * math.pi * turn).cos(), (2 * math.pi * turn).sin() / math.sqrt(3)
     mean = x.mean(dim=1, keepdim=True)
     return mean + cos * (x - mean) + sin * (x.roll(1, dims=1) - x.roll(2, dims=1))
 
 
 def spread(z):
-    """Return z_std of z (N, D): about 1 for random directions, 0 for one; a line may have 1."""
+    """Return z_std of z (N, D): about 1 for random rows, 0 for equal ones; on a line up to 1."""
     return F.normalize(z.detach(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 
@@ -235,7 +235,7 @@ def join_processes(args):
 
 
 def save(args, model, optimizer, metrics):
-    """Write a checkpoint, then rename it, so that a kill spares the old one."""
+    """Write a checkpoint, then rename it: a crash spares the old one."""
     checkpoint = dict(args=vars(args), code=CODE, metrics=metrics)
     checkpoint |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
@@ -264,7 +264,7 @@ def parse_args(argv=None):
     option("--projection-dim", type=int, default=128, help="D")
     option("--queue-size", type=int, default=4096, help="K; paper: 65536")
     option("--momentum", type=float, default=0.99, help="of the key encoder; paper: 0.999")
-    option("--temperature", type=float, default=0.1, help="of Eq. 1")
+    option("--temperature", type=float, default=0.1, help="paper: 0.2")
     option("--lr", type=float, default=0.3, help="peak rate per 256 images")
     option("--epochs", type=int, default=100, help="to train")
     option("--batch-size", type=int, default=128, help="of all processes")

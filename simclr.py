@@ -7,7 +7,7 @@ rest, the negatives, show other images. So the two views of an image get similar
 different images get different ones. The views differ in crop and colour, so what they have in
 common is what the image shows.
 
-    python simclr.py --epochs 10                # 5 minutes, two CPU cores
+    python simclr.py --epochs 10                # 5 minutes, one CPU core
     python linear_eval.py --weights simclr.pt   # 91.0% (random: 88.1%)
 
 N images in a batch, D dimensions of an embedding. x is a view, h = backbone(x) its features and
@@ -172,27 +172,27 @@ def augment(x, area, mirror, jitter, grayscale, solarize=0.0):
 
 
 def random_resized_crop(x, area):
-    """Cut a random box out of each image and stretch it to the image's size."""
+    """Cut a random box out of each of x (N, C, H, W), and stretch it to H x W."""
     draws = torch.rand(4, len(x), device=x.device)
     area = area[0] + (area[1] - area[0]) * draws[0]
     limit = (-area.log()).clamp(max=math.log(4 / 3))  # 4:3, or less to fit in
     ratio = ((2 * draws[1] - 1) * limit).exp()
     size = torch.stack([area * ratio, area / ratio], dim=1).sqrt()  # (N, 2)
-    center = (1 - size) * (2 * draws[2:].T - 1)  # inside the image
+    center = (1 - size) * (2 * draws[2:].T - 1)  # edges: -1 and 1
     theta = torch.cat([torch.diag_embed(size), center[:, :, None]], dim=2)  # (N, 2, 3)
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def turn_hue(x, turn):
-    """Turn colours around the grey axis by `turn` (N, 1, 1, 1); 1 is a full turn."""
+    """Turn the hue of x (N, 3, H, W) by `turn` (N, 1, 1, 1); 1 is a full turn."""
     cos, sin = (2 * math.pi * turn).cos(), (2 * math.pi * turn).sin() / math.sqrt(3)
     mean = x.mean(dim=1, keepdim=True)
     return mean + cos * (x - mean) + sin * (x.roll(1, dims=1) - x.roll(2, dims=1))
 
 
 def spread(z):
-    """Return z_std of z (N, D): about 1 for random directions, 0 for one; a line may have 1."""
+    """Return z_std of z (N, D): about 1 for random rows, 0 for equal ones; on a line up to 1."""
     return F.normalize(z.detach(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 
@@ -228,7 +228,7 @@ def join_processes(args):
 
 
 def save(args, model, optimizer, metrics):
-    """Write a checkpoint, then rename it, so that a kill spares the old one."""
+    """Write a checkpoint, then rename it: a crash spares the old one."""
     checkpoint = dict(args=vars(args), code=CODE, metrics=metrics)
     checkpoint |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
@@ -255,7 +255,7 @@ def parse_args(argv=None):
     option, devices = parser.add_argument, ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
     option("--hidden-dim", type=int, default=512, help="of the projector; paper: 2048")
     option("--projection-dim", type=int, default=128, help="D")
-    option("--temperature", type=float, default=0.2, help="of Eq. 1")
+    option("--temperature", type=float, default=0.2, help="paper: 0.1; on CIFAR-10 0.5")
     option("--lr", type=float, default=0.25, help="peak rate per 256 images")
     option("--epochs", type=int, default=100, help="to train")
     option("--batch-size", type=int, default=128, help="of all processes")
