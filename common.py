@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import sklearn.datasets
 import torch
 import torchvision
 from PIL import Image, ImageOps
@@ -33,8 +32,8 @@ FASHION_MNIST_FILES = (
 )
 
 
-class DataError(ValueError):
-    """The data or its place is wrong; the message says what to do. The programs print it alone."""
+class DataError(SystemExit):
+    """The data or its place is wrong. Python prints the message, what to do, and ends."""
 
 
 class Dataset(NamedTuple):
@@ -52,6 +51,15 @@ class Dataset(NamedTuple):
     paths: tuple = ()
     mean: torch.Tensor = None
     std: torch.Tensor = None
+
+
+def add_options(parser):
+    """Add the options of `load_dataset` and `build_backbone` to an argparse parser."""
+    option = parser.add_argument
+    option("--dataset", default="fashion-mnist", help=f"{', '.join(DATASETS)} or a folder")
+    option("--data-dir", default="data", help="downloads, decoded images")
+    option("--image-size", type=int, help="pixels; a folder's default is 32")
+    option("--backbone", choices=BACKBONES, default="convnet")
 
 
 def load_dataset(name, data_dir, image_size=None, device="cpu"):
@@ -135,6 +143,8 @@ def read_idx(path):
 
 def load_digits():
     """Load scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; the last 400 are the test."""
+    import sklearn.datasets  # here, as nothing else needs scikit-learn
+
     digits = sklearn.datasets.load_digits()
     images = torch.from_numpy(digits.images * 255 / 16).to(torch.uint8)[:, None]
     labels = torch.from_numpy(digits.target).long()

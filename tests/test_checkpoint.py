@@ -110,7 +110,7 @@ def test_no_file_is_replaced_unasked(tiny, tmp_path):
 
 
 def test_killed_runs_end_as_if_never_killed():
-    command = [sys.executable, ROOT / "tests" / "kill.py", "--kills", "2", "--methods", "moco"]
+    command = [sys.executable, ROOT / "tools" / "kill.py", "--kills", "2", "--methods", "moco"]
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert "2 kills at random moments, 2 at moves of files: all the same" in process.stdout

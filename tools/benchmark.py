@@ -1,7 +1,7 @@
 """Images per second of the training scripts, measured on whole epochs of their own `train`.
 
-    python tests/benchmark.py
-    python tests/benchmark.py --methods byol --batch-size 512 --backbone resnet18
+    python tools/benchmark.py
+    python tools/benchmark.py --methods byol --batch-size 512 --backbone resnet18
 
 Options that are not listed by --help go to the scripts. Nothing else should run on the machine.
 "end to end" is the training as it is. "compute" is the same without augmentation: both views are

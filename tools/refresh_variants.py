@@ -1,6 +1,6 @@
 """Fit the diffs in docs/variants/ to scripts that have changed, and name those that conflict.
 
-python tests/refresh_variants.py
+python tools/refresh_variants.py
 """
 
 import re

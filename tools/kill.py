@@ -1,6 +1,6 @@
 """Kill real runs with SIGKILL and resume them: each must end in the state of a run never stopped.
 
-    python tests/kill.py --kills 30
+    python tools/kill.py --kills 30
 
 Kills at random moments, and kills just before and just after a checkpoint is moved into place.
 Prints a line per run.
@@ -18,7 +18,11 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import METHODS, write_fashion_mnist
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from conftest import METHODS, write_fashion_mnist  # noqa: E402
 
 RUN = ["--epochs", "3", "--batch-size", "160", "--device", "cpu", "--out", "run.pt"]
 
