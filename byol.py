@@ -86,14 +86,15 @@ def train(args):
     data = load_dataset(args.dataset, args.data_dir, args.image_size, args.device)
     images = data.train_images  # (n, C, H, W) uint8, all on the device
     args.images, args.mean, args.std = list(images.shape), data.mean.tolist(), data.std.tolist()
-    steps = len(images) // args.batch_size  # of an epoch; a last, smaller batch is left out
-    if args.batch_size % world or not 2 * world <= args.batch_size <= len(images):
-        sys.exit(f"--batch-size {args.batch_size}: take 2 to {len(images)}, divisible by {world}")
+    n, size = len(images), args.batch_size
+    if size % world or not 2 * world <= size <= n:
+        sys.exit(f"--batch-size {size}: take {2 * world} to {n}, divisible by {world}")
+    steps = n // size  # of an epoch; a last, smaller batch is left out
 
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.backbone, images.shape[1], images.shape[3])
     model = BYOL(backbone, args.hidden_dim, args.projection_dim).to(args.device)
-    peak_lr = args.lr * args.batch_size / 256
+    peak_lr = args.lr * size / 256
     optimizer = torch.optim.SGD(model.parameters(), peak_lr, momentum=0.9, weight_decay=5e-4)
     metrics = load(args, model, optimizer) if args.resume else []
     if rank == 0 and not args.resume:  # take the name, so that no other run can
@@ -105,9 +106,9 @@ def train(args):
 
     for epoch in range(len(metrics), args.epochs):
         torch.manual_seed(hash((args.seed, epoch)))  # so that --resume repeats the draws
-        order = torch.randperm(len(images), device=args.device)  # the same in all processes
+        order = torch.randperm(n, device=args.device)  # the same in all processes
         torch.manual_seed(hash((args.seed, epoch, rank)))  # the views differ
-        batches = order.split(args.batch_size)[:steps]
+        batches = order.split(size)[:steps]
         bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=None)  # None: in a terminal
         sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
 
@@ -264,8 +265,7 @@ def parse_args(argv=None):
     option("--bf16", action=argparse.BooleanOptionalAction, default=bf16, help="in the networks")
     option("--out", default=f"{Path(__file__).stem}.pt", help="the checkpoint")
     option("--resume", action="store_true", help="go on with the run in --out")
-    args = parser.parse_args(argv)
-    args.method = Path(__file__).stem
+    args = parser.parse_args(argv, argparse.Namespace(method=Path(__file__).stem))
     if min(args.hidden_dim, args.projection_dim, args.lr, args.epochs) <= 0:
         parser.error("dimensions, --lr and --epochs must be above 0")
     if not 0 <= args.tau <= 1:
