@@ -108,8 +108,7 @@ def train(args):
         torch.manual_seed(hash((args.seed, epoch)))  # so that --resume repeats the draws
         order = torch.randperm(n, device=args.device)  # the same in all processes
         torch.manual_seed(hash((args.seed, epoch, rank)))  # the views differ
-        batches = order.split(size)[:steps]
-        bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=None)  # None: in a terminal
+        bar = tqdm(order.split(size)[:steps], f"epoch {epoch + 1}", leave=False, disable=None)
         sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
 
         for step, batch in enumerate(bar):
@@ -162,7 +161,7 @@ def augment(x):
 
 
 def random_resized_crop(x, smallest):
-    """Stretch a random box of each image of x (N, C, H, W) to H x W, as torchvision draws it."""
+    """Stretch a random box of each image of x (N, C, H, W) to H x W, as torchvision does."""
     area = torch.empty(10, len(x), device=x.device).uniform_(smallest, 1)
     ratio = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     sizes = torch.stack([area * ratio, area / ratio], dim=2).sqrt()  # width, height: (10, N, 2)

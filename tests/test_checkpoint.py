@@ -248,7 +248,7 @@ OPTIONS = [
     (["moco"], ["--momentum", "1.5"], "--momentum is from 0 to 1"),
     (["moco"], ["--queue-size", "0"], "above 0"),
     (["moco"], ["--queue-size", "many"], "--queue-size: invalid int value: 'many'"),
-    (["byol"], ["--tau", "-0.1"], "--tau -0.1 is not from 0 to 1"),
+    (["byol"], ["--tau", "-0.1"], "--tau is from 0 to 1"),
 ]
 if not torch.cuda.is_available():
     OPTIONS += [(METHODS, ["--device", "cuda"], "--device: invalid choice: 'cuda'")]
