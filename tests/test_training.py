@@ -214,7 +214,8 @@ def knn_data(n=100):
     mean, std = torch.tensor([0.4]), torch.tensor([0.2])
     data = SimpleNamespace(train_images=images.byte(), train_labels=labels, mean=mean, std=std)
     backbone = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64))
-    backbone(torch.randn(50, 1, 8, 8) + 1)  # running statistics that are not the initial ones
+    x = torch.randn(50, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    backbone(x + 1)  # running statistics that are not the initial ones
     return data, backbone
 
 
@@ -235,9 +236,9 @@ def test_knn_equals_brute_force():
     data, backbone = knn_data()
     found = byol.knn_accuracy(backbone, data)
     assert backbone.training  # ready for the next epoch
-    expected = {k: brute_force(data, backbone, k) for k in (1, 5, 19, 20, 21)}
-    assert found == pytest.approx(expected[20]) and 20 < found < 100
-    assert len(set(expected.values())) == 5  # another number of neighbours would be seen
+    expected = {k: brute_force(data, backbone, k) for k in (1, 5, 10, 20, 40)}
+    assert found == pytest.approx(expected.pop(20)) and 20 < found < 100
+    assert found not in expected.values()  # another number of neighbours would be seen
 
 
 def test_knn_of_a_handful_of_images():
