@@ -2,9 +2,8 @@
 
 Two networks see two random views of an image. The online network learns to predict what the target
 network makes of the other view. The target is not trained: it is a running average of the online
-network. Nothing pushes images apart, so mapping all of them to one point would be perfect. Two
-things keep training away from it: only the online network has a predictor, and no gradient flows
-into the target. Why they suffice is not fully understood.
+network. Mapping all images to one point would be perfect. Two things keep training away from it,
+and why is not settled: only the online network has a predictor, and the target gets no gradient.
 
     python byol.py --epochs 10                # 7 minutes, one CPU core
     python linear_eval.py --weights byol.pt   # 91.1% (random: 88.1%)
@@ -13,10 +12,9 @@ N images in a batch, D dimensions of an embedding. x is a view, h = backbone(x) 
 z = projector(h), p = predictor(z), and t = target(x) is the target network's z.
 
 Unlike the paper: SGD with weight decay 5e-4 on all weights, not LARS, which is for large batches;
-smaller heads; tau from 0.95, as runs are short; crops from 0.3 of the area, not 0.08, and no blur,
-as images are small; colours changed in a fixed order, hue by rotating RGB. In the authors' code
-the target has initial weights of its own, last layers have no bias, brightness is added, and
-contrast is about the mean of each channel.
+smaller heads; tau from 0.95, as runs are short; crops from 0.3 of the area and no blur, as images
+are small; colours changed in a fixed order, hue by rotating RGB. In the authors' code the target
+starts with other weights, last layers have no bias, brightness is added, contrast is by channel.
 """
 
 import argparse
@@ -69,7 +67,7 @@ class BYOL(nn.Module):
 
     @torch.no_grad()
     def update_target(self, tau):
-        """Move the target towards the online network: xi = tau * xi + (1 - tau) * theta (Eq. 1)."""
+        """Move the target: xi = tau * xi + (1 - tau) * theta (Eq. 1). tau rises to 1 (3.3)."""
         online = [*self.backbone.parameters(), *self.projector.parameters()]
         for xi, theta in zip(self.target.parameters(), online, strict=True):
             xi.lerp_(theta, 1 - tau)  # weights only: BatchNorm keeps its own statistics
@@ -86,14 +84,15 @@ def train(args):
     data = load_dataset(args.dataset, args.data_dir, args.image_size, args.device)
     images = data.train_images  # (n, C, H, W) uint8, all on the device
     args.images, args.mean, args.std = list(images.shape), data.mean.tolist(), data.std.tolist()
-    steps = len(images) // args.batch_size  # of an epoch; a last, smaller batch is left out
-    if args.batch_size % world or not 2 * world <= args.batch_size <= len(images):
-        sys.exit(f"--batch-size {args.batch_size}: take 2 to {len(images)}, divisible by {world}")
+    n, size = len(images), args.batch_size
+    if size % world or not 2 * world <= size <= n:
+        sys.exit(f"--batch-size {size}: take {2 * world} to {n}, divisible by {world}")
+    steps = n // size  # of an epoch; a last, smaller batch is left out
 
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.backbone, images.shape[1], images.shape[3])
     model = BYOL(backbone, args.hidden_dim, args.projection_dim).to(args.device)
-    peak_lr = args.lr * args.batch_size / 256
+    peak_lr = args.lr * size / 256
     optimizer = torch.optim.SGD(model.parameters(), peak_lr, momentum=0.9, weight_decay=5e-4)
     metrics = load(args, model, optimizer) if args.resume else []
     if rank == 0 and not args.resume:  # take the name, so that no other run can
@@ -105,10 +104,9 @@ def train(args):
 
     for epoch in range(len(metrics), args.epochs):
         torch.manual_seed(hash((args.seed, epoch)))  # so that --resume repeats the draws
-        order = torch.randperm(len(images), device=args.device)  # the same in all processes
+        order = torch.randperm(n, device=args.device)  # the same in all processes
         torch.manual_seed(hash((args.seed, epoch, rank)))  # the views differ
-        batches = order.split(args.batch_size)[:steps]
-        bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=None)  # None: in a terminal
+        bar = tqdm(order.split(size)[:steps], f"epoch {epoch + 1}", leave=False, disable=None)
         sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
 
         for step, batch in enumerate(bar):
@@ -127,8 +125,7 @@ def train(args):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            tau = 1 - (1 - args.tau) * (1 + math.cos(math.pi * done)) / 2  # rises to 1 (3.3)
-            model.update_target(tau)
+            model.update_target(tau=1 - (1 - args.tau) * (1 + math.cos(math.pi * done)) / 2)
 
             sums += torch.stack([loss.detach(), spread(t1)])  # no .item(): it waits for the GPU
 
@@ -164,7 +161,7 @@ def augment(x, solarize=0.0):
 
 
 def random_resized_crop(x, smallest):
-    """Stretch a random box of each image of x (N, C, H, W) to H x W, as torchvision draws it."""
+    """Stretch a random box of each image of x (N, C, H, W) to H x W, as torchvision does."""
     area = torch.empty(10, len(x), device=x.device).uniform_(smallest, 1)
     ratio = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     sizes = torch.stack([area * ratio, area / ratio], dim=2).sqrt()  # width, height: (10, N, 2)
@@ -264,12 +261,10 @@ def parse_args(argv=None):
     option("--bf16", action=argparse.BooleanOptionalAction, default=bf16, help="in the networks")
     option("--out", default=f"{Path(__file__).stem}.pt", help="the checkpoint")
     option("--resume", action="store_true", help="go on with the run in --out")
-    args = parser.parse_args(argv)
-    args.method = Path(__file__).stem
-    if min(args.hidden_dim, args.projection_dim, args.lr, args.epochs) <= 0:
-        parser.error("dimensions, --lr and --epochs must be above 0")
-    if not 0 <= args.tau <= 1:
-        parser.error(f"--tau {args.tau} is not from 0 to 1")
+    args = parser.parse_args(argv, argparse.Namespace(method=Path(__file__).stem))
+    sizes = args.hidden_dim, args.projection_dim
+    if min(*sizes, args.lr, args.epochs) <= 0 or not 0 <= args.tau <= 1:
+        parser.error("--tau is from 0 to 1; sizes, --lr and --epochs are above 0")
     return args
 
 

@@ -9,7 +9,9 @@ import hashlib
 import os
 import struct
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +32,8 @@ FASHION_MNIST_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".jfif", ".gif")
+HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE.BIN")  # what systems put beside the images
 
 
 class DataError(SystemExit):
@@ -181,86 +185,148 @@ def load_folder(folder, data_dir, image_size):
 
     With two or more folders `train/<class>`, the images in them have labels, those in
     `test/<class>` are the test images, and those in `unlabelled` are trained on too. Otherwise all
-    images, wherever they lie, are training images without a label.
+    images, wherever they lie, are training images without a label. Prints what it ignores.
     """
+    files, ignored = list_files(folder)
+    images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+    places = [name.split("/") for name in images]
+    classes = sorted({place[1] for place in places if place[0] == "train" and len(place) > 2})
+    labels = {name: label for label, name in enumerate(classes)}
+    train, test, unused = [], [], []
+    for name, (part, *inside) in zip(images, places, strict=True):
+        if len(classes) < 2 or part == "unlabelled":
+            train.append((name, -1))
+        elif part in ("train", "test") and inside[0] in labels:
+            (train if part == "train" else test).append((name, labels[inside[0]]))
+        else:
+            unused.append(name)
 
-    def images_in(part, label=-1):
-        names = sorted(path.relative_to(folder).as_posix() for path in (folder / part).rglob("*"))
-        images = [name for name in names if Path(name).suffix.lower() in IMG_EXTENSIONS]
-        return [(name, label) for name in images if "/." not in f"/{name}"]  # hidden
-
-    classes = sorted(path.name for path in folder.glob("train/[!.]*") if path.is_dir())
-    if len(classes) < 2:
-        classes, train, test = [], images_in(""), []
-    else:
-        train, test = (
-            [x for i, name in enumerate(classes) for x in images_in(f"{split}/{name}", i)]
-            for split in ("train", "test")
-        )
-        unknown = {path.name for path in folder.glob("test/[!.]*") if path.is_dir()} - {*classes}
-        empty = {*classes} - {classes[label] for _, label in train}
-        if unknown or empty:
-            name = min(unknown | empty)
-            raise DataError(f"class {name} of {folder} has no images in train/{name}: add some")
-        train += images_in("unlabelled")
+    ignored += by_folder(unused)
+    if len(files) > len(images):
+        ignored.append(f"{len(files) - len(images):,} files of other types")
     if not train:
-        raise DataError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
-    labelled = sum(label >= 0 for _, label in train)
-    print(
-        f"{folder}: {len(train):,} training images, {labelled:,} with a label, "
-        f"{len(test):,} test images" + ("" if classes else "; no labels, so no kNN accuracy")
-    )
+        found = ", ".join(ignored) or "nothing"
+        raise DataError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}), but {found}")
+    remark = f"{len(classes)} classes"
+    if len(classes) == 1:
+        remark, classes = f"one class only ({classes[0]}), so no kNN and no linear classifier", []
+    elif not classes:
+        remark = "no labels (no folders train/CLASS), so no kNN"
+    print(f"{folder}: {len(train):,} training images, {len(test):,} test images, {remark}")
+    print(f"read: {', '.join(by_folder(name for name, _ in train + test))}")
+    if ignored:
+        print(f"ignored: {', '.join(ignored)}")
 
-    names = [name for name, _ in train + test]
-    stats = [(folder / name).stat() for name in names]
-    state = [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names, stats, strict=True)]
-    key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
-    cache = data_dir / f"{folder.resolve().name}-{image_size}-{key}.uint8"
-    if not cache.is_file():  # or else these very files were decoded before
+    names, labels = zip(*train, *test, strict=True)
+    images = read_images(folder.resolve(), names, data_dir, image_size)
+    train_images, test_images = images.split([len(train), len(test)])
+    train_labels, test_labels = torch.tensor(labels).split([len(train), len(test)])
+    return Dataset(train_images, train_labels, test_images, test_labels, tuple(classes), names)
+
+
+def list_files(folder):
+    """Return the names of all files below a folder, sorted, and those of unreadable folders.
+
+    Links are followed, but not to a folder above them. HIDDEN files and folders are left out.
+    """
+    files, errors = [], []
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
+        root = Path(root)
+        above = {path.resolve() for path in (root, *root.parents)}
+        folders[:] = [name for name in folders if (root / name).resolve() not in above]
+        for listed in (folders, names):
+            listed[:] = [name for name in listed if not name.startswith(HIDDEN)]
+        below = root.relative_to(folder)
+        files += [(below / name).as_posix() for name in names]
+    return sorted(files), [f"{error.filename} ({error.strerror})" for error in errors]
+
+
+def by_folder(names):
+    """Say how many images lie in which of the outermost folders, the five fullest first."""
+    counts = Counter(name.split("/")[0] if "/" in name else "." for name in names)
+    said = [f"{folder}/ ({n:,} images)" for folder, n in counts.most_common(5)]
+    if len(counts) > 5:
+        said.append(f"{len(counts) - 5:,} more folders")
+    return said
+
+
+def read_images(folder, names, data_dir, image_size):
+    """Return images (n, 3, image_size, image_size), decoded now or by an earlier run.
+
+    Files are told apart by path, size, time and a little of their content.
+    """
+    key = hashlib.sha256(os.fsencode(folder))
+    for name in names:
+        key.update(os.fsencode(name))
+        with suppress(OSError), open(folder / name, "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            file.seek(status.st_size // 2)  # many files begin alike
+            key.update(repr((status.st_size, status.st_mtime_ns, file.read(256))).encode())
+    cache = data_dir / f"{folder.name}-{image_size}-{key.hexdigest()[:16]}.uint8"
+    size = len(names) * 3 * image_size**2
+    if not cache.is_file() or cache.stat().st_size != size:
         decode_images([folder / name for name in names], image_size, cache)
     # Mapped into memory: the images need not fit there, and several processes share them.
-    images = torch.from_file(str(cache), size=len(names) * 3 * image_size**2, dtype=torch.uint8)
-    images = images.view(-1, 3, image_size, image_size).split([len(train), len(test)])
-    labels = torch.tensor([label for _, label in train + test]).split([len(train), len(test)])
-    return Dataset(images[0], labels[0], images[1], labels[1], tuple(classes), tuple(names))
+    images = torch.from_file(str(cache), size=size, dtype=torch.uint8)
+    return images.view(-1, 3, image_size, image_size)
 
 
 def decode_images(paths, image_size, cache):
     """Decode files on all cores into the file `cache`: (n, 3, image_size, image_size) uint8."""
-    unfinished, bad = Path(f"{cache}.{os.getpid()}"), []
+    unfinished, bad, faint = Path(f"{cache}.{os.getpid()}"), [], []
+
+    def decode(path):
+        try:
+            image = decode_image(path, image_size)
+        except Exception as error:  # a damaged file can make a decoder raise anything
+            bad.append(f"{path} ({str(error) or type(error).__name__})")
+            return b""
+        if all(high - low < 16 for low, high in image.getextrema()):
+            faint.append(path)
+        return b"".join(channel.tobytes() for channel in image.split())
+
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor() as pool, unfinished.open("wb") as file:
-            decoded = pool.map(lambda path: decode_image(path, image_size), paths)
-            for pixels in tqdm(decoded, "decoding", len(paths), leave=False, disable=None):
-                bad += [pixels] if isinstance(pixels, str) else []
-                file.write(b"" if bad else pixels)
+            decoded = pool.map(decode, paths)
+            file.writelines(tqdm(decoded, "decoding", len(paths), leave=False, disable=None))
         if bad:
-            raise DataError(f"{len(bad)} images cannot be decoded, repair or remove them: {bad[0]}")
+            first = "; ".join(sorted(bad)[:5])
+            raise DataError(f"{len(bad)} images cannot be decoded, repair or remove them: {first}")
         unfinished.replace(cache)
-    except OSError as error:
-        raise DataError(
-            f"{cache} cannot be written ({error}): choose another --data-dir"
-        ) from error
+    except OSError as e:
+        raise DataError(f"{cache} cannot be written ({e}): choose another --data-dir") from e
     finally:
         if unfinished.exists():
             unfinished.unlink()
+    if faint:
+        print(
+            f"warning: {len(faint):,} images have fewer than 16 grey levels, like {min(faint)}: if "
+            "they have 16 bits, scale the values of all images alike, so that they reach 65,535"
+        )
 
 
 def decode_image(path, image_size):
-    """Return an image file's bytes (3, H, W) or, as a string, why it cannot be decoded."""
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (2 * image_size, 2 * image_size))  # large JPEGs at less detail
-            if image.mode == "F":
-                raise ValueError("it holds fractions: save it with 8 or 16 bits")
-            if image.mode.startswith("I") and image.getextrema()[1] > 255:
-                image = image.point(lambda value: value / 256).convert("L")  # upper 8 of 16 bits
-            image = ImageOps.exif_transpose(image).convert("RGB")  # upright, as cameras note it
-            image = ImageOps.fit(image, (image_size, image_size))
-            return b"".join(channel.tobytes() for channel in image.split())
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"{path} ({error})"
+    """Return an image file as a PIL image, RGB, upright, of `image_size` x `image_size` pixels."""
+    with Image.open(path) as image:
+        image.draft("RGB", (2 * image_size, 2 * image_size))  # large JPEGs at less detail
+        image.load()
+        image.getexif()  # remembers the orientation
+        image.info.pop("exif", None)  # exif_transpose would write it back, and sometimes cannot
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("it holds fractions: save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        values = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32)
+        if values.min() < 0 or values.max() > 65_535:
+            raise ValueError("it holds integers outside 0 to 65,535: save it with 16 bits")
+        values[values == image.info.get("transparency", -1)] = 65_535  # white
+        upper = (values // 256).to(torch.uint8)
+        image = Image.frombytes("L", image.size, upper.numpy().tobytes())
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return ImageOps.fit(image.convert("RGB"), (image_size, image_size))
 
 
 def build_backbone(name, in_channels, image_size=32):

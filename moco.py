@@ -10,8 +10,8 @@ not. The key encoder is a slow average of the query encoder, so old keys stay co
 N images in a batch, D dimensions, K keys in the queue, q a query, k its key.
 
 Unlike the papers: a rate of 0.3 per 256 images (theirs: 0.03), with a warm-up; weight decay 5e-4,
-not 1e-4; K 4,096, not 65,536; temperature 0.1, not 0.2; momentum 0.99, not 0.999; a smaller head;
-no blur; no shuffled BatchNorm; colours changed in a fixed order, hue by rotating RGB.
+not 1e-4; K, temperature and momentum (see --help); a smaller head; no blur; no shuffled BatchNorm;
+colours changed in a fixed order, hue by rotating RGB.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from common import add_options, build_backbone, load_dataset
 
 
 class MoCo(nn.Module):
-    """A query encoder, its running average the key encoder, and a queue of keys."""
+    """A query encoder, its running average the key encoder, and a queue (K, D), random at first."""
 
     def __init__(self, backbone, hidden_dim, projection_dim, queue_size):
         super().__init__()
@@ -46,8 +46,7 @@ class MoCo(nn.Module):
         )
         # The key encoder starts as a copy. It gets no gradient, so SGD skips it.
         self.key_encoder = deepcopy(nn.Sequential(backbone, self.projector)).requires_grad_(False)
-        queue = F.normalize(torch.randn(queue_size, projection_dim), dim=1)
-        self.register_buffer("queue", queue)  # (K, D): random at first
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, projection_dim), dim=1))
         self.register_buffer("pointer", torch.tensor(0))  # the row of the oldest key
 
     def forward(self, x1, x2):
@@ -55,7 +54,7 @@ class MoCo(nn.Module):
         q = self.projector(self.backbone(x1))
         with torch.no_grad():  # stop-gradient: only the query encoder learns
             k = self.key_encoder(x2)
-        return F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)  # no loss in bf16
+        return F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
 
     @torch.no_grad()
     def update_key_encoder(self, momentum):
@@ -71,10 +70,10 @@ class MoCo(nn.Module):
             parts = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, keys)
             keys = torch.cat(parts)
-        size = len(self.queue)
-        rows = (self.pointer + torch.arange(len(keys), device=keys.device)) % size
+        n, size = len(keys), len(self.queue)
+        rows = (self.pointer + torch.arange(n, device=keys.device)) % size
         self.queue[rows[-size:]] = keys[-size:]  # if N > K, the last K
-        self.pointer.copy_((self.pointer + len(keys)) % size)
+        self.pointer.copy_((self.pointer + n) % size)
 
 
 def info_nce(q, k, queue, temperature):
@@ -84,8 +83,7 @@ def info_nce(q, k, queue, temperature):
     """
     positive = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
     logits = torch.cat([positive, q @ queue.T], dim=1) / temperature  # (N, 1 + K)
-    labels = torch.zeros(len(q), dtype=torch.long, device=q.device)  # key k is in column 0
-    return F.cross_entropy(logits, labels)
+    return -logits.log_softmax(dim=1)[:, 0].mean()  # key k is in column 0
 
 
 def train(args):
@@ -94,14 +92,15 @@ def train(args):
     data = load_dataset(args.dataset, args.data_dir, args.image_size, args.device)
     images = data.train_images  # (n, C, H, W) uint8, all on the device
     args.images, args.mean, args.std = list(images.shape), data.mean.tolist(), data.std.tolist()
-    steps = len(images) // args.batch_size  # of an epoch; a last, smaller batch is left out
-    if args.batch_size % world or not 2 * world <= args.batch_size <= len(images):
-        sys.exit(f"--batch-size {args.batch_size}: take 2 to {len(images)}, divisible by {world}")
+    n, size = len(images), args.batch_size
+    if size % world or not 2 * world <= size <= n:
+        sys.exit(f"--batch-size {size}: take {2 * world} to {n}, divisible by {world}")
+    steps = n // size  # of an epoch; a last, smaller batch is left out
 
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.backbone, images.shape[1], images.shape[3])
     model = MoCo(backbone, args.hidden_dim, args.projection_dim, args.queue_size).to(args.device)
-    peak_lr = args.lr * args.batch_size / 256
+    peak_lr = args.lr * size / 256
     optimizer = torch.optim.SGD(model.parameters(), peak_lr, momentum=0.9, weight_decay=5e-4)
     metrics = load(args, model, optimizer) if args.resume else []
     if rank == 0 and not args.resume:  # take the name, so that no other run can
@@ -113,10 +112,9 @@ def train(args):
 
     for epoch in range(len(metrics), args.epochs):
         torch.manual_seed(hash((args.seed, epoch)))  # so that --resume repeats the draws
-        order = torch.randperm(len(images), device=args.device)  # the same in all processes
+        order = torch.randperm(n, device=args.device)  # the same in all processes
         torch.manual_seed(hash((args.seed, epoch, rank)))  # the views differ
-        batches = order.split(args.batch_size)[:steps]
-        bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=None)  # None: in a terminal
+        bar = tqdm(order.split(size)[:steps], f"epoch {epoch + 1}", leave=False, disable=None)
         sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
 
         for step, batch in enumerate(bar):
@@ -171,7 +169,7 @@ def augment(x):
 
 
 def random_resized_crop(x, smallest):
-    """Stretch a random box of each image of x (N, C, H, W) to H x W, as torchvision draws it."""
+    """Stretch a random box of each image of x (N, C, H, W) to H x W, as torchvision does."""
     area = torch.empty(10, len(x), device=x.device).uniform_(smallest, 1)
     ratio = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     sizes = torch.stack([area * ratio, area / ratio], dim=2).sqrt()  # width, height: (10, N, 2)
@@ -273,8 +271,7 @@ def parse_args(argv=None):
     option("--bf16", action=argparse.BooleanOptionalAction, default=bf16, help="in the networks")
     option("--out", default=f"{Path(__file__).stem}.pt", help="the checkpoint")
     option("--resume", action="store_true", help="go on with the run in --out")
-    args = parser.parse_args(argv)
-    args.method = Path(__file__).stem
+    args = parser.parse_args(argv, argparse.Namespace(method=Path(__file__).stem))
     sizes = args.hidden_dim, args.projection_dim, args.queue_size
     if min(*sizes, args.temperature, args.lr, args.epochs) <= 0 or not 0 <= args.momentum <= 1:
         parser.error("--momentum is from 0 to 1; sizes, --temperature, --lr, --epochs above 0")

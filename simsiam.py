@@ -74,16 +74,17 @@ def train(args):
     data = load_dataset(args.dataset, args.data_dir, args.image_size, args.device)
     images = data.train_images  # (n, C, H, W) uint8, all on the device
     args.images, args.mean, args.std = list(images.shape), data.mean.tolist(), data.std.tolist()
-    steps = len(images) // args.batch_size  # of an epoch; a last, smaller batch is left out
-    if args.batch_size % world or not 2 * world <= args.batch_size <= len(images):
-        sys.exit(f"--batch-size {args.batch_size}: take 2 to {len(images)}, divisible by {world}")
+    n, size = len(images), args.batch_size
+    if size % world or not 2 * world <= size <= n:
+        sys.exit(f"--batch-size {size}: take {2 * world} to {n}, divisible by {world}")
+    steps = n // size  # of an epoch; a last, smaller batch is left out
 
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.backbone, images.shape[1], images.shape[3])
     model = SimSiam(backbone, args.projection_dim, args.bottleneck_dim).to(args.device)
     encoder = [*backbone.parameters(), *model.projector.parameters()]
     groups = [dict(params=encoder), dict(params=model.predictor.parameters())]
-    peak_lr = args.lr * args.batch_size / 256
+    peak_lr = args.lr * size / 256
     optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9, weight_decay=5e-4)
     metrics = load(args, model, optimizer) if args.resume else []
     if rank == 0 and not args.resume:  # take the name, so that no other run can
@@ -95,10 +96,9 @@ def train(args):
 
     for epoch in range(len(metrics), args.epochs):
         torch.manual_seed(hash((args.seed, epoch)))  # so that --resume repeats the draws
-        order = torch.randperm(len(images), device=args.device)  # the same in all processes
+        order = torch.randperm(n, device=args.device)  # the same in all processes
         torch.manual_seed(hash((args.seed, epoch, rank)))  # the views differ
-        batches = order.split(args.batch_size)[:steps]
-        bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=None)  # None: in a terminal
+        bar = tqdm(order.split(size)[:steps], f"epoch {epoch + 1}", leave=False, disable=None)
         sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
 
         for step, batch in enumerate(bar):
@@ -152,7 +152,7 @@ def augment(x):
 
 
 def random_resized_crop(x, smallest):
-    """Stretch a random box of each image of x (N, C, H, W) to H x W, as torchvision draws it."""
+    """Stretch a random box of each image of x (N, C, H, W) to H x W, as torchvision does."""
     area = torch.empty(10, len(x), device=x.device).uniform_(smallest, 1)
     ratio = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     sizes = torch.stack([area * ratio, area / ratio], dim=2).sqrt()  # width, height: (10, N, 2)
@@ -251,8 +251,7 @@ def parse_args(argv=None):
     option("--bf16", action=argparse.BooleanOptionalAction, default=bf16, help="in the networks")
     option("--out", default=f"{Path(__file__).stem}.pt", help="the checkpoint")
     option("--resume", action="store_true", help="go on with the run in --out")
-    args = parser.parse_args(argv)
-    args.method = Path(__file__).stem
+    args = parser.parse_args(argv, argparse.Namespace(method=Path(__file__).stem))
     if min(args.projection_dim, args.bottleneck_dim, args.lr, args.epochs) <= 0:
         parser.error("--projection-dim, --bottleneck-dim, --lr and --epochs must be above 0")
     return args

@@ -64,6 +64,18 @@ def write_images(folder, n, channels=(255, 255, 255), size=20):
         write_image(folder / f"{i}.png", pixels)
 
 
+@contextlib.contextmanager
+def in_float64():
+    """Train in float64, the loss too, so that a test need not know how a processor rounds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 def call(folder, script, *options):
     """Run a script as a program, in this process: that saves the seconds that importing takes."""
     out, err, before, argv, code = io.StringIO(), io.StringIO(), os.getcwd(), sys.argv, 0

@@ -7,8 +7,7 @@ import inspect
 import pytest
 from conftest import METHODS, ROOT
 
-SHARED = ["augment", "random_resized_crop", "turn_hue", "spread", "knn_accuracy"]
-SHARED += ["join_processes", "save", "load"]
+SHARED = ["random_resized_crop", "spread", "knn_accuracy", "join_processes", "save", "load"]
 
 
 @pytest.mark.parametrize("function", SHARED)

@@ -1,11 +1,13 @@
 """Checkpoints, --resume, kills, Ctrl-C, and everything that is refused in one line."""
 
 import atexit
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,8 +56,7 @@ def half(runs):
 def test_what_a_run_prints_and_leaves_when_it_ends_and_at_ctrl_c(runs, name):
     folder, _, ended, stopped = runs
     saved = torch.load(folder / f"{name}.pt", weights_only=True)
-    assert set(saved) == {"args", "code", "metrics", "model", "optimizer"}
-    assert saved["code"] == (ROOT / f"{name}.py").read_text()
+    assert set(saved) == {"args", "metrics", "model", "optimizer"}
     assert saved["args"]["method"] == name and saved["args"]["images"] == [320, 1, 28, 28]
     assert len(saved["args"]["mean"]) == len(saved["args"]["std"]) == 1
     rows = saved["metrics"]
@@ -68,20 +69,25 @@ def test_what_a_run_prints_and_leaves_when_it_ends_and_at_ctrl_c(runs, name):
     assert not list(folder.glob("*.tmp"))
     # Ctrl-C: in the first epoch's checkpoint, before its line.
     assert stopped[name].returncode == 1 and len(stopped[name].stdout.splitlines()) == 1
-    assert stopped[name].stderr == "stopped: --resume goes on from the last whole epoch\n"
+    assert stopped[name].stderr == "stopped (--resume goes on with the run in --out)\n"
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_ends_as_if_never_stopped(runs, tiny, tmp_path, name):
-    """Also under another name, and with the data in another folder. Once more changes nothing."""
+    """Also under another name, and with the data in another folder. Once more changes nothing.
+
+    MoCo's queue is resumed in the middle of a round: 320 of its 4,096 rows are written.
+    """
     shutil.copy(runs[1] / f"{name}.pt", tmp_path / "renamed.pt")
     shutil.copytree(tiny, tmp_path / "data")
     process = train(tmp_path, "data", name, "--resume", "--out", "renamed.pt")
-    assert process.returncode == 0 and process.stdout.splitlines()[1].startswith("epoch 2 ")
+    assert process.returncode == 0 and "renamed.pt has 1 of 2 epochs" in process.stdout
+    assert process.stdout.splitlines()[2].startswith("epoch 2 ")
     assert state(tmp_path / "renamed.pt") == state(runs[0] / f"{name}.pt")
     before = (tmp_path / "renamed.pt").read_bytes()
     process = train(tmp_path, tiny, name, "--resume", "--out", "renamed.pt")
-    assert process.returncode == 0 and "epoch" not in process.stdout
+    assert process.returncode == 0
+    assert process.stdout.splitlines()[1:] == ["renamed.pt has 2 of 2 epochs"]
     assert (tmp_path / "renamed.pt").read_bytes() == before
 
 
@@ -103,10 +109,91 @@ def test_resume_needs_the_same_options_images_and_method(half, tiny, tmp_path):
 def test_no_file_is_replaced_unasked(tiny, tmp_path):
     (tmp_path / "old.pt").write_bytes(b"old")
     for name in METHODS:
-        refused(train(tmp_path, tiny, name, "--out", "old.pt"), "--out old.pt exists: pass")
-        refused(train(tmp_path, tiny, name, "--resume"), f"--out {name}.pt does not exist")
+        refused(train(tmp_path, tiny, name, "--out", "old.pt"), "File exists: 'old.pt' (--resume")
     assert (tmp_path / "old.pt").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["old.pt"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_second_run_does_not_get_the_name_of_one_that_has_just_begun(
+    tiny, tmp_path, name, monkeypatch
+):
+    seconds = []
+
+    def save(*args, original=torch.save):
+        seconds.append(train(tmp_path, tiny, name))  # while the first epoch's end is written
+        original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        assert train(tmp_path, tiny, name, "--epochs", "1").returncode == 0
+    refused(seconds[0], f"File exists: '{name}.pt'")
+    assert len(torch.load(tmp_path / f"{name}.pt", weights_only=True)["metrics"]) == 1
+
+
+@pytest.mark.parametrize("out", ["folder/", "file/x.pt", "/proc/x.pt"])
+def test_a_name_that_cannot_be_written_is_refused_at_once(tiny, tmp_path, out):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for name in METHODS:
+        refused(train(tmp_path, tiny, name, "--out", out), out.split("/")[0])
+
+
+def test_a_run_that_finished_no_epoch_is_resumed_from_the_start(runs, tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(NORMALIZE, lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(signal, "getsignal", signal.getsignal)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        assert train(tmp_path, tiny, "moco").returncode == 1
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "moco.pt").stat().st_size == 0
+    process = train(tmp_path, tiny, "moco", "--resume")
+    assert process.returncode == 0, process.stderr
+    assert state(tmp_path / "moco.pt") == state(runs[0] / "moco.pt")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "cut", "other", "list", "evil"])
+def test_resume_refuses_what_is_no_checkpoint(half, tiny, tmp_path, kind, monkeypatch):
+    """In one line; and no file runs code."""
+    monkeypatch.chdir(tmp_path)
+    path, whole = tmp_path / "run.pt", (half / "byol.pt").read_bytes()
+    if kind in ("text", "cut"):
+        path.write_bytes(b"not a checkpoint" if kind == "text" else whole[: len(whole) // 2])
+    elif kind != "missing":
+        torch.save({"other": {"weights": 1}, "list": [1, 2], "evil": Evil()}[kind], path)
+    for name in METHODS:
+        process = train(tmp_path, tiny, name, "--resume", "--out", "run.pt")
+        refused(process, "--resume: run.pt cannot be read as a checkpoint (")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pt"] * (kind != "missing")
+
+
+@pytest.mark.parametrize("error", [OSError, RuntimeError])  # torch.save raises either
+def test_a_full_disk_spares_the_checkpoint(half, tiny, monkeypatch, error):
+    def save(checkpoint, path):
+        Path(path).write_bytes(b"half a file")
+        raise error("no space left on device")
+
+    for name in METHODS:
+        before = (half / f"{name}.pt").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "save", save)
+            refused(train(half, tiny, name, "--resume"), f"{name}.pt.tmp cannot be written")
+        assert (half / f"{name}.pt").read_bytes() == before and not list(half.glob("*.tmp"))
+
+
+def test_a_reader_who_leaves_ends_the_run_in_one_line(tiny, tmp_path):
+    """As in `python simclr.py | head -1`."""
+    command = f"{sys.executable} {ROOT / 'simclr.py'} --epochs 9 --data-dir {tiny} --device cpu"
+    command = ["bash", "-c", f"set -o pipefail; {command} --batch-size 160 | head -1"]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert process.stdout == "device cpu, bf16 False, processes 1\n" and process.returncode
+    assert "Broken pipe" in process.stderr and "Traceback" not in process.stderr
+    assert len(torch.load(tmp_path / "simclr.pt", weights_only=True)["metrics"]) < 9
 
 
 def test_killed_runs_end_as_if_never_killed():
@@ -121,8 +208,23 @@ def test_a_loss_that_is_not_finite_spares_the_checkpoint(half, tiny, monkeypatch
     for name in METHODS:
         before = (half / f"{name}.pt").read_bytes()
         process = train(half, tiny, name, "--resume")
-        refused(process, "the loss became nan in epoch 2: lower --lr")
+        refused(process, "epoch 2: the loss (nan) or a weight is not finite: lower --lr")
         assert (half / f"{name}.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_that_the_last_step_made_infinite_are_not_saved(half, tiny, monkeypatch, name):
+    """The loss of an epoch can be finite while the weights after its last step are not."""
+    steps, before = [], (half / f"{name}.pt").read_bytes()
+
+    def step(optimizer, original=torch.optim.SGD.step):
+        steps.append(original(optimizer))
+        if len(steps) == 5:  # the epoch's last
+            optimizer.param_groups[0]["params"][0].data[0] = math.inf
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    refused(train(half, tiny, name, "--resume"), "or a weight is not finite: lower --lr")
+    assert (half / f"{name}.pt").read_bytes() == before
 
 
 def test_a_bug_keeps_its_traceback(tiny, tmp_path, monkeypatch):
@@ -134,15 +236,19 @@ def test_a_bug_keeps_its_traceback(tiny, tmp_path, monkeypatch):
 
 
 OPTIONS = [
-    (METHODS, ["--epochs", "0"], "--epochs 0 is not from 1 to"),
-    (METHODS, ["--batch-size", "1"], "--batch-size 1"),
-    (METHODS, ["--batch-size", "321"], "--batch-size 321: use a multiple of 1 up to 320"),
-    (METHODS, ["--lr", "nan"], "--lr nan"),
-    (METHODS, ["--seed", "-1"], "--seed -1"),
+    (METHODS, ["--epochs", "0"], "above 0"),
+    (METHODS, ["--projection-dim", "-1"], "above 0"),
+    (METHODS, ["--batch-size", "1"], "--batch-size 1: take 2 to 320, divisible by 1"),
+    (METHODS, ["--batch-size", "321"], "--batch-size 321: take 2 to 320, divisible by 1"),
+    (METHODS, ["--batch-size", "0"], "--batch-size 0: take 2 to 320, divisible by 1"),
+    (METHODS, ["--lr", "-1"], "above 0"),
+    (METHODS, ["--lr", "1e20"], "is not finite: lower --lr"),
     (METHODS, ["--dataset", "no-such-folder"], "--dataset no-such-folder is neither"),
-    (["moco"], ["--momentum", "1.5"], "--momentum 1.5 is not from 0 to 1"),
+    (["simclr", "moco"], ["--temperature", "0"], "--temperature"),
+    (["moco"], ["--momentum", "1.5"], "--momentum is from 0 to 1"),
+    (["moco"], ["--queue-size", "0"], "above 0"),
     (["moco"], ["--queue-size", "many"], "--queue-size: invalid int value: 'many'"),
-    (["byol"], ["--tau", "-0.1"], "--tau -0.1 is not from 0 to 1"),
+    (["byol"], ["--tau", "-0.1"], "--tau is from 0 to 1"),
 ]
 if not torch.cuda.is_available():
     OPTIONS += [(METHODS, ["--device", "cuda"], "--device: invalid choice: 'cuda'")]
@@ -152,13 +258,34 @@ if not torch.cuda.is_available():
 def test_bad_options_are_refused(tiny, tmp_path, names, options, words):
     for name in names:
         refused(train(tmp_path, tiny, name, *options), words)
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.iterdir() if path.stat().st_size]
 
 
-def test_processes_must_divide_the_batch(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+@pytest.mark.parametrize("world, batch, words", [(3, 64, "divisible by 3"), (2, 2, "take 4 to")])
+def test_processes_must_share_the_batch(tiny, tmp_path, monkeypatch, world, batch, words):
+    """Equally, and with two images each."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda: None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
     monkeypatch.setattr(atexit, "register", lambda function: None)
     for name in METHODS:
-        process = train(tmp_path, tiny, name)
-        refused(process, "--batch-size 64: use a multiple of 3 up to 320")
+        process = train(tmp_path, tiny, name, "--batch-size", batch)
+        refused(process, f"--batch-size {batch}: take {2 * world} to 320, divisible by {world}")
+
+
+def test_a_world_size_left_by_an_earlier_job_is_no_matter(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    process = train(tmp_path, tiny, "moco", "--epochs", "1")
+    assert process.returncode == 0 and process.stdout.startswith("device cpu, bf16 False, proc")
+
+
+def test_a_run_without_docstrings_in_an_ascii_terminal(tiny, tmp_path):
+    command = [sys.executable, "-OO", ROOT / "byol.py", "--data-dir", tiny, "--device", "cpu"]
+    command += ["--epochs", "1", "--batch-size", "160"]
+    environment = os.environ | dict(PYTHONIOENCODING="ascii")
+    for options in ([], ["--help"]):
+        process = subprocess.run(
+            [*command, *options], capture_output=True, text=True, cwd=tmp_path, env=environment
+        )
+        assert process.returncode == 0, process.stderr

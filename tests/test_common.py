@@ -2,15 +2,13 @@
 
 import gzip
 import pickle
-import shutil
 import urllib.error
 
 import common
 import pytest
 import torch
 import torchvision
-from conftest import write_fashion_mnist, write_image, write_images
-from PIL import Image
+from conftest import write_fashion_mnist, write_images
 
 FILES = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
@@ -151,102 +149,6 @@ def test_mean_and_std(tmp_path):
     expected = x.std(dim=(0, 2, 3), unbiased=False)
     torch.testing.assert_close(data.std.double(), expected, atol=6e-5, rtol=0)
     assert data.std.dtype == torch.float32 and data.std.min() > 0.01
-
-
-def test_folder_with_classes(tmp_path):
-    folder = tmp_path / "photos"
-    for name in ("cat", "dog", "élan 2"):
-        write_images(folder / "train" / name, 3)
-        write_images(folder / "test" / name, 2)
-    write_images(folder / "unlabelled" / "a" / "b", 4)
-    pixels = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
-    write_image(folder / "train/cat/0.png", pixels)
-    (folder / "train" / "dog" / ".hidden.png").write_bytes(b"x")
-    (folder / "train" / "dog" / "notes.txt").write_text("no image")
-    data = common.load_dataset(str(folder), tmp_path / "cache", 16)
-    assert data.train_labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, -1, -1, -1, -1]
-    assert data.test_labels.tolist() == [0, 0, 1, 1, 2, 2] and data.test_images.shape[0] == 6
-    assert data.classes == ("cat", "dog", "élan 2")
-    assert torch.equal(data.train_images[0], pixels)  # of their own size, they stay as they are
-    assert data.paths[0] == "train/cat/0.png" and data.paths[-1] == "test/élan 2/1.png"
-    assert data.paths[9] == "unlabelled/a/b/0.png" and len(data.paths) == 19
-
-
-def test_folder_without_labels(tmp_path, capsys):
-    """Nested or flat; one class is none."""
-    folder = tmp_path / "photos"
-    write_images(folder / "train" / "2019", 2)
-    write_images(folder, 3)
-    data = common.load_dataset(str(folder), tmp_path)
-    assert data.train_images.shape == (5, 3, 32, 32) and len(data.test_images) == 0
-    assert data.train_labels.tolist() == [-1] * 5 and data.classes == ()
-    assert data.paths == ("0.png", "1.png", "2.png", "train/2019/0.png", "train/2019/1.png")
-    assert "5 training images, 0 with a label, 0 test images; no labels" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("kind", ["CMYK", "P", "RGBA", "L", "1", "I;16", "wide", "turned"])
-def test_odd_images_load_as_what_they_show(tmp_path, kind):
-    image, path = Image.new("RGB", (20, 20), (255, 255, 255)), tmp_path / "photos" / "0.tiff"
-    image.paste((0, 0, 0), (0, 0, 10, 20))  # left half black, right half white
-    path.parent.mkdir()
-    if kind == "I;16":
-        grey = torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8)
-        wide = (grey.int() * 257).to(torch.uint16).view(20, 20)
-        Image.fromarray(wide.numpy()).save(path)
-    elif kind == "wide":
-        image.resize((20, 90)).save(path)
-    elif kind == "turned":  # as cameras do it: the note says that the right side is up
-        exif = Image.Exif()
-        exif[0x0112] = 8
-        image.rotate(-90).save(path.with_suffix(".png"), exif=exif)
-    else:
-        image.convert(kind).save(path)
-    first = common.load_dataset(str(path.parent), tmp_path, 20).train_images[0].float()
-    assert first[:, :, 2:8].mean() < 12 and first[:, :, 12:18].mean() > 243
-
-
-@pytest.mark.parametrize(
-    "break_it, message",
-    [
-        (lambda f: shutil.rmtree(f / "train/dog") or (f / "train/dog").mkdir(), "class dog of .*"),
-        (lambda f: (f / "test" / "bird").mkdir(), "class bird of .* has no images in train/bird"),
-        (lambda f: (f / "train/cat/1.png").write_bytes(b""), "1 images cannot be .*cat/1.png"),
-        (lambda f: (shutil.rmtree(f), f.mkdir()), "holds no images"),
-    ],
-)
-def test_broken_folder_is_named(tmp_path, break_it, message):
-    folder = tmp_path / "photos"
-    for part in ("train/cat", "train/dog", "test/cat", "test/dog"):
-        write_images(folder / part, 2)
-    break_it(folder)
-    with pytest.raises(common.DataError, match=message):
-        common.load_dataset(str(folder), tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("*"))  # nothing half done is left
-
-
-def test_images_are_decoded_once(tmp_path, monkeypatch):
-    folder, decode, decoded = tmp_path / "photos", common.decode_image, []
-    write_images(folder, 6)
-
-    def load(size=16):
-        decoded.clear()
-        return common.load_dataset(str(folder), tmp_path / "cache", size).train_images
-
-    monkeypatch.setattr(common, "decode_image", lambda *x: decoded.append(x) or decode(*x))
-    first = load()
-    before = first.clone()
-    assert len(decoded) == 6 and torch.equal(load(), first) and not decoded
-    first[:] = 0  # a change in memory is none on the disk
-    assert torch.equal(load(), before) and not decoded
-    assert load(8).shape == (6, 3, 8, 8) and len(decoded) == 6  # another size
-    write_image(folder / "0.png", torch.full((3, 20, 20), 77, dtype=torch.uint8))
-    assert load()[0, :, 8, 8].tolist() == [77] * 3 and len(decoded) == 6  # another content
-    (folder / "1.png").rename(folder / "7.png")
-    assert len(load()) == 6 and len(decoded) == 6  # another name
-    shutil.rmtree(tmp_path / "cache")
-    (tmp_path / "cache").touch()
-    with pytest.raises(common.DataError, match="choose another --data-dir"):
-        load()
 
 
 @pytest.mark.parametrize("size", [8, 28, 64, 96])

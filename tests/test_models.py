@@ -1,6 +1,5 @@
 """The networks: what forward returns, where gradients stop, the running averages, the queue."""
 
-import collections
 import copy
 
 import byol
@@ -108,23 +107,25 @@ def test_average_by_hand(name):
 
 
 @pytest.mark.parametrize("size", [1, 5, 6, 12])
-def test_enqueue_is_first_in_first_out(size):
-    """Key by key: K no multiple of N, N above K, many times around."""
-    model = moco.MoCo(common.build_backbone("convnet", 1, 28), 4, 1, size)
-    expected = collections.deque(model.queue.flatten().tolist(), maxlen=size)
-    for n in (1, 3, 5, 7, 12, 16):
-        for _ in range(2 * size):
-            keys = torch.rand(n, 1)
-            model.enqueue(keys)
-            expected.extend(keys.flatten().tolist())
-            assert model.queue.flatten().tolist() == list(expected)
+def test_pointer_wraps_around(size):
+    """Row i % K gets key i: K no multiple of N, N above K, many times around."""
+    model, written = moco.MoCo(common.build_backbone("convnet", 1, 28), 4, 1, size), 0
+    expected = model.queue.flatten().tolist()
+    for n in (1, 3, 5, 7, 12, 16) * 2 * size:
+        keys = torch.rand(n, 1)
+        model.enqueue(keys)
+        for key in keys.flatten().tolist():
+            expected[written % size] = key
+            written += 1
+        assert model.queue.flatten().tolist() == expected
+        assert model.pointer.item() == written % size  # the row of the oldest key
 
 
 def test_queue_starts_as_random_directions_and_is_saved():
-    queue = build("moco")[0].state_dict()["queue"]
-    assert queue.shape == (20, 8)
-    torch.testing.assert_close(queue.norm(dim=1), torch.ones(20))
-    assert queue.std(dim=0).min() > 0.2
+    saved = build("moco")[0].state_dict()
+    assert saved["queue"].shape == (20, 8) and saved["pointer"].item() == 0
+    torch.testing.assert_close(saved["queue"].norm(dim=1), torch.ones(20))
+    assert saved["queue"].std(dim=0).min() > 0.2
 
 
 def test_spread_tells_directions_from_a_point():

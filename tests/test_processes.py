@@ -16,17 +16,17 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import METHODS, ROOT, common
+from conftest import METHODS, ROOT, common, in_float64
 from torch import nn
 
 # Processes are forked from one that has imported these, as that takes seconds.
-PRELOAD = ["torch.distributed", "torchvision.transforms.v2", "sklearn.datasets", "tqdm", "pytest"]
+PRELOAD = ["torch.distributed", "torchvision.transforms.v2", "tqdm", "pytest"]
 
 
 def run(rank, world, port, name, folder, data_dir):
     """Train for four epochs of one step, as process `rank` of `world`; keep what it has."""
     os.environ |= dict(RANK=f"{rank}", WORLD_SIZE=f"{world}", MASTER_PORT=f"{port}")
-    os.environ["MASTER_ADDR"] = "localhost"
+    os.environ |= dict(MASTER_ADDR="localhost", TORCHELASTIC_RUN_ID="test")  # as torchrun does
     nn.BatchNorm1d = nn.BatchNorm2d = nn.Identity  # before any network is built
     script, models, images, draws, saved = importlib.import_module(name), [], [], [], []
     classes = [value for value in vars(script).values() if inspect.isclass(value)]
@@ -36,7 +36,7 @@ def run(rank, world, port, name, folder, data_dir):
         models.append(network(*args))
         return models[-1]
 
-    def views(x, **view):
+    def views(x, solarize=0.0):
         images.append(x[:, 0, 0, :2].clone())
         draws.append(torch.rand(3))
         return x if len(draws) % 2 else x.flip(3)
@@ -48,13 +48,14 @@ def run(rank, world, port, name, folder, data_dir):
 
     def save(args, model, optimizer, metrics):
         momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
-        saved.append(copy.deepcopy((momenta, metrics)))
+        saved.append(copy.deepcopy(momenta))
 
     setattr(script, network.__name__, build)
     script.augment, script.load_dataset, script.save = views, first_images, save
     options = ["--data-dir", data_dir, "--batch-size", "64", "--epochs", "4", "--device", "cpu"]
     own = ["--queue-size", "100"] if name == "moco" else []
-    script.train(script.parse_args([*options, *own, "--out", f"{folder}/none.pt"]))
+    with in_float64():
+        script.train(script.parse_args([*options, *own, "--out", f"{folder}/{world}.pt"]))
     kept = dict(model=models[0].state_dict(), images=images, draws=draws, saved=saved)
     torch.save(kept, f"{folder}/{name}-{world}-{rank}.pt")
     if world > 1:
@@ -75,20 +76,19 @@ def kept(request, tmp_path_factory, tiny):
     return [torch.load(folder / f"{name}-{who}.pt") for who in ("1-0", "2-0", "2-1")]
 
 
-def test_one_step_has_the_same_loss_and_gradients(kept):
-    (momenta, [row]), (others, [other_row]) = (x["saved"][0] for x in kept[:2])
-    assert other_row["loss"] == pytest.approx(row["loss"], rel=1e-6)
-    # After the first step, the momentum buffer is the gradient and the weights' decay.
-    assert len(momenta) > 5
-    torch.testing.assert_close(others, momenta, atol=1e-6, rtol=1e-5)
+def test_one_step_has_the_same_gradients(kept):
+    """After the first step, the momentum buffer is the gradient and the weights' decay."""
+    one, first, second = kept
+    assert len(one["saved"][0]) > 5
+    torch.testing.assert_close(first["saved"][0], one["saved"][0], atol=1e-9, rtol=1e-9)
+    assert [len(x["saved"]) for x in kept] == [4, 4, 0]  # the first of two processes saves
 
 
 def test_several_steps_end_in_the_same_weights(kept):
-    """The averaged networks and the queue too; the first of two processes saves."""
+    """The averaged networks too, and the queue with its pointer."""
     one, first, second = kept
-    torch.testing.assert_close(first["model"], one["model"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(first["model"], one["model"], atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(second["model"], first["model"], atol=0, rtol=0)
-    assert [len(x["saved"]) for x in kept] == [4, 4, 0]
 
 
 def test_processes_draw_other_views_of_other_images(kept):

@@ -61,7 +61,7 @@ def state(path):
     found = {k: hashlib.sha256(x.numpy().tobytes()).hexdigest() for k, x in tensors.items()}
     for i, part in enumerate([saved["args"], *saved["metrics"]]):
         found[f"part {i}"] = {k: v for k, v in part.items() if k not in free}
-    return found | dict(code=saved["code"], groups=saved["optimizer"]["param_groups"])
+    return found | dict(groups=saved["optimizer"]["param_groups"])
 
 
 def main():
@@ -94,8 +94,9 @@ def main():
                     break
                 assert os.WIFSIGNALED(status), "the run failed by itself"
                 here, kills[kind] = here + 1, kills[kind] + 1
-                if (folder / "run.pt").exists():  # what is there is whole
-                    torch.load(folder / "run.pt", weights_only=True)
+                path = folder / "run.pt"
+                if path.exists() and path.stat().st_size:  # empty before the first epoch's end
+                    torch.load(path, weights_only=True)
             assert state(folder / "run.pt") == whole[method], f"{method} ended differently"
             print(f"{method}: killed {here} times at {kind}, ended the same", flush=True)
         at_random, at_moves = kills.values()
