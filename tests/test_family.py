@@ -3,10 +3,8 @@
 import math
 
 import pytest
-import simclr
 import torch
 import torch.nn.functional as F
-from conftest import train
 from torch.autograd import grad
 
 N, D = 6, 4
@@ -40,6 +38,12 @@ def covariance(a, b, divisor):
 
 def log_softmax(values, i):
     return values[i] - sum(v.exp() for v in values).log()
+
+
+def info_nce(queries, keys, temperature=1):
+    """Each query picks its key out of all."""
+    rows = [[query @ key / temperature for key in keys] for query in queries]
+    return mean(-log_softmax(row, i) for i, row in enumerate(rows))
 
 
 def others(i):
@@ -131,14 +135,12 @@ def supcon(z1, z2, labels, temperature):
 
 def invaspread(z1, z2, temperature):
     """Section 3: the image is found from its view, and is not found from another image."""
-    f, views, loss = units(z1), units(z2), 0
-    for i, view in enumerate(views):
-        loss -= log_softmax([x @ view / temperature for x in f], i)
-        for j in range(N):
-            if j != i:
-                p = log_softmax([x @ f[j] / temperature for x in f], i).exp()
-                loss -= (1 - p).log()
-    return loss / N
+    images, mistaken = units(z1), 0
+    for i in range(N):
+        for j in others(i)[: N - 1]:
+            scores = [image @ images[j] / temperature for image in images]
+            mistaken -= (1 - log_softmax(scores, i).exp()).log() / N
+    return info_nce(units(z2), images, temperature) + mistaken
 
 
 def lejepa(z1, z2, directions, weight):
@@ -161,21 +163,14 @@ def swav(*views, temperature=0.1):
     """The first two views are assigned (three rounds of Sinkhorn, epsilon 0.05), the rest guess."""
     terms = []
     for i in range(2):
-        q = [[math.exp(s / 0.05) for s in row] for row in views[i].tolist()]
+        q = (views[i].detach() / 0.05).exp()
         for _ in range(3):
-            columns = [sum(row[k] for row in q) for k in range(D)]
-            q = [[x / total for x, total in zip(row, columns, strict=True)] for row in q]
-            q = [[x / sum(row) for x in row] for row in q]
+            q = torch.stack([column / column.sum() for column in q.T], dim=1)
+            q = torch.stack([row / row.sum() for row in q])
         for view in views[:i] + views[i + 1 :]:
             for weights, row in zip(q, view / temperature, strict=True):
                 terms.append(-sum(w * log_softmax(row, k) for k, w in enumerate(weights)))
     return mean(terms)
-
-
-def moco_v3(q, k, temperature):
-    """Algorithm 1: 2 tau times InfoNCE among the keys of the batch."""
-    rows = [[query @ key / temperature for key in k] for query in q]
-    return 2 * temperature * mean(-log_softmax(row, i) for i, row in enumerate(rows))
 
 
 def dino(s, t, center):
@@ -188,29 +183,20 @@ def dino(s, t, center):
 
 def instdisc(v, own, negatives, z, n, temperature):
     """Eq. 7, its expectations replaced by an image and its m negatives, as Eq. 6 has h."""
-    m, loss = len(negatives), 0
-    for row, feature in zip(v, own, strict=True):
+
+    def h(row, feature):
         p = (row @ feature / temperature).exp() / z
-        loss -= (p / (p + m / n)).log()
-        for other in negatives:
-            p = (row @ other / temperature).exp() / z
-            loss -= (1 - p / (p + m / n)).log()
-    return loss / len(v)
+        return p / (p + len(negatives) / n)
 
-
-def cpc(p, z):
-    """Eq. 4 with f = exp(z . W c), for each pair of a row and one above it."""
-    pairs = zip(p, z, strict=True)
-    return mean(-log_softmax(z @ row, i) for p, z in pairs for i, row in enumerate(p))
+    found = sum(h(row, feature).log() for row, feature in zip(v, own, strict=True))
+    told = sum((1 - h(row, other)).log() for row in v for other in negatives)
+    return -(found + told) / len(v)
 
 
 def cmc(z1, z2, temperature):
     """The second view is found from the first, and the first from the second, in the batch."""
-    a, b, loss = units(z1), units(z2), 0
-    for view, other in ((a, b), (b, a)):
-        for i, row in enumerate(view):
-            loss -= log_softmax([row @ x / temperature for x in other], i) / N
-    return loss
+    a, b = units(z1), units(z2)
+    return info_nce(a, b, temperature) + info_nce(b, a, temperature)
 
 
 LABELS = torch.tensor([0, 1, 0, -1, -1, 1])
@@ -226,10 +212,11 @@ CASES = {  # variant: its loss, the reference, what they get beside the two view
     "invaspread": ("invaspread_loss", invaspread, (0.3,)),
     "lejepa": ("lejepa_loss", lejepa, (draw(D, 3, seed=5).detach(), 0.05)),
     "swav": ("swapped_loss", lambda a, b, t: swav(a, b, temperature=t), (0.1,)),
-    "moco_v3": ("contrast", moco_v3, (0.2,)),
+    "moco_v3": ("contrast", lambda q, k, t: 2 * t * info_nce(q, k, t), (0.2,)),
     "dino": ("dino_loss", dino, (draw(1, D, seed=5)[0].detach(),)),
     "instdisc": ("nce_loss", instdisc, (draw(5, D, seed=5).detach(), 7.0, 20, 0.8)),
     "cmc": ("cmc_loss", cmc, (0.3,)),
+    "cpc": ("info_nce", lambda p, z: mean(map(info_nce, p, z)), ()),
 }
 
 
@@ -244,6 +231,8 @@ def assert_equal(found, expected, *inputs):
 def test_loss_and_gradients_equal_loops(load_variant, name):
     function, reference, rest = CASES[name]
     a, b = draw(seed=1), draw(seed=2)
+    if name == "cpc":  # two pairs of rows of patches
+        a, b = (x.detach().unflatten(0, (2, -1)).requires_grad_() for x in (a, b))
     found = getattr(load_variant(name), function)(a, b, *rest)
     assert_equal(found, reference(a, b, *rest), a, b)
 
@@ -259,30 +248,22 @@ def test_multi_crop_losses_equal_loops(load_variant):
     assert_equal(found, mean(dino(s, t, center) for s, t in pairs), *views)
 
 
-def test_cpc_loss_and_structure(load_variant):
-    """The loss against loops; a prediction sees no patch below its context, and its target does."""
+def test_cpc_predicts_lower_patches(load_variant):
+    """A prediction sees no patch below its context, and its target does."""
     module = load_variant("cpc")
-    a, b = draw(seed=1), draw(seed=2)
-    pairs = a.unflatten(0, (2, -1)), b.unflatten(0, (2, -1))
-    assert_equal(module.info_nce(*pairs), cpc(*pairs), a, b)
-
     model = module.CPC(module.build_backbone("convnet", 1, 28), 16).eval()
     x = torch.rand(2, 1, 28, 28)
     changed = x.clone()
     changed[0, :, 27] = 1 - changed[0, :, 27]  # the last row of pixels: in the last patches alone
-    p, z = model(x)
-    q, y = model(changed)
+    (p, z), (q, y) = model(x), model(changed)
     torch.testing.assert_close(p, q)
     h = model.backbone(x).unflatten(1, (128, 4, 4))
-    rows = [1, 2, 3, 2, 3, 3]  # the targets of contexts that end with row 0, 0, 0, 1, 1 and 2
-    for pair, row in enumerate(rows):
-        expected = [h[n, :, row, column] for n in range(2) for column in range(4)]
-        torch.testing.assert_close(z[pair], torch.stack(expected))
-        assert torch.equal(z[pair], y[pair]) == (row < 3)
     c, _ = model.gru(h.permute(0, 3, 2, 1).flatten(0, 1))
-    for pair, (context, ahead) in enumerate([(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (2, 1)]):
-        torch.testing.assert_close(p[pair], model.predictors[ahead - 1](c[:, context]))
-    assert p.requires_grad and z.requires_grad
+    for pair, (row, ahead) in enumerate([(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (2, 1)]):
+        torch.testing.assert_close(p[pair], model.predictors[ahead - 1](c[:, row]))
+        targets = [h[n, :, row + ahead, column] for n in range(2) for column in range(4)]
+        torch.testing.assert_close(z[pair], torch.stack(targets))
+        assert torch.equal(z[pair], y[pair]) == (row + ahead < 3)
 
 
 def test_instdisc_bank(load_variant, tiny, tmp_path, monkeypatch):
@@ -301,19 +282,19 @@ def test_instdisc_bank(load_variant, tiny, tmp_path, monkeypatch):
         expected = 30 * mean(math.exp(a @ b / 0.5) for a in v for b in model.bank[:5])
         assert model.z.item() == pytest.approx(expected, rel=1e-5)
 
-    seen, original, update = [], module.nce_loss, module.InstDisc.update_bank
+    looked_up, nce_loss, update = [], module.nce_loss, module.InstDisc.update_bank
 
     def watch(self, v, indices, momentum):
-        assert momentum == 0.5 and torch.equal(seen[-1], self.bank[indices])
+        assert momentum == 0.5 and torch.equal(looked_up[-1], self.bank[indices])
         update(self, v, indices, momentum)
 
-    monkeypatch.setattr(module, "nce_loss", lambda v, *x: seen.append(x[0]) or original(v, *x))
+    monkeypatch.setattr(module, "nce_loss", lambda *x: looked_up.append(x[1]) or nce_loss(*x))
     monkeypatch.setattr(module.InstDisc, "update_bank", watch)
     train_here(module, tmp_path, tiny)
-    assert len(seen) == 5
+    assert len(looked_up) == 5
 
 
-def test_cmc_separates_luminance_and_colour(load_variant, variants, monkeypatch):
+def test_cmc_separates_luminance_and_colour(load_variant, variants, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(variants)
     module = load_variant("cmc")
     with pytest.raises(module.DataError):
@@ -329,88 +310,61 @@ def test_cmc_separates_luminance_and_colour(load_variant, variants, monkeypatch)
 
     saved = dict(backbone="convnet", images=[4, 3, 32, 32], mean=[0.5] * 3, std=[0.2] * 3)
     saved |= dict(method="cmc", dataset="photos")
-    torch.save(dict(model=model.state_dict(), args=saved, metrics=[]), variants / "cmc-whole.pt")
-    encoder, _ = load_variant("linear_eval_cmc").load_encoder(variants / "cmc-whole.pt")
+    torch.save(dict(model=model.state_dict(), args=saved, metrics=[]), tmp_path / "cmc.pt")
+    encoder, _ = load_variant("linear_eval_cmc").load_encoder(tmp_path / "cmc.pt")
     x = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     torch.testing.assert_close(encoder(x), model.backbone((x / 255 - 0.5) / 0.2))
 
 
-def test_simclr_v2_is_evaluated_at_its_first_layer(load_variant, variants, tiny, monkeypatch):
+def test_simclr_v2_is_evaluated_at_its_first_layer(
+    load_variant, variants, tiny, tmp_path, monkeypatch
+):
     monkeypatch.syspath_prepend(variants)
-    options = ["--out", variants / "v2.pt", "--hidden-dim", "40", "--projection-dim", "24"]
-    assert train(variants, tiny, variants / "simclr_v2", *options).returncode == 0
-    encoder, saved = load_variant("linear_eval_v2").load_encoder(variants / "v2.pt")
-    module = load_variant("simclr_v2")
+    module, options = load_variant("simclr_v2"), ["--hidden-dim", 40, "--projection-dim", 24]
+    saved = train_here(module, tmp_path, tiny, *options)
+    encoder, _ = load_variant("linear_eval_v2").load_encoder(tmp_path / "here.pt")
     model = module.SimCLRv2(module.build_backbone("convnet", 1, 28), 40, 24).eval()
     model.load_state_dict(saved["model"])
     x = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
-    normal = module.normalize(x / 255, saved["args"]["mean"], saved["args"]["std"])
-    linear, norm, *rest = model.projector
-    torch.testing.assert_close(encoder(x), norm(linear(model.backbone(normal))).relu())
+    h = model.backbone(module.normalize(x / 255, saved["args"]["mean"], saved["args"]["std"]))
+    torch.testing.assert_close(encoder(x), model.projector[:3](h))
     assert encoder[-1].feature_dim == 40
-    kinds = [type(layer).__name__ for layer in rest]
-    assert kinds == ["ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+    kinds = [type(layer).__name__ for layer in model.projector]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear"]
 
 
-def test_closed_forms(load_variant):
-    """Losses of a perfect embedding and of a collapsed one."""
-    hadamard = torch.tensor([[1.0]])
-    for _ in range(3):
-        hadamard = torch.cat([torch.cat([hadamard, hadamard]), torch.cat([hadamard, -hadamard])], 1)
-    z = hadamard[:, 1:]  # (8, 7): columns of mean 0 and variance 1, orthogonal
-    assert load_variant("barlow_twins").barlow_twins_loss(z, z, 0.005) < 1e-8
-    assert load_variant("vicreg").vicreg_loss(z, z) < 1e-8
-    assert load_variant("simclr_margin").margin_loss(z, z, 1.0) < 1e-8  # the others are further
-    z1, z2, point = draw(seed=1), draw(seed=2), torch.ones(N, D)
-    unlabelled = load_variant("supcon").supcon_loss(z1, z2, torch.full((N,), -1), 0.3)
-    torch.testing.assert_close(unlabelled, simclr.nt_xent(z1, z2, 0.3))
-    assert load_variant("simclr_triplet").triplet_loss(point, point, 0.5) == 0
-    n_pair_loss = load_variant("simclr_n_pair").n_pair_loss(point, point, 0.0).item()
-    assert n_pair_loss == pytest.approx(math.log(N))
-    normal, point = torch.randn(4000, 8), torch.zeros(4000, 8)
-    sigreg, directions = load_variant("lejepa").sigreg, torch.randn(8, 50)
-    assert sigreg(normal, directions) < 2 < 500 < sigreg(point, directions)
+def test_triplet_loss_after_a_collapse(load_variant):
+    assert load_variant("simclr_triplet").triplet_loss(torch.ones(N, D), torch.ones(N, D), 1) == 0
 
 
-def test_sinkhorn_uses_all_prototypes_equally(load_variant):
-    scores = draw(40, 5).detach().tanh() + torch.tensor([2.0, 0, 0, 0, 0])  # one is nearest to all
-    q = load_variant("swav").sinkhorn(scores, iterations=500)
-    torch.testing.assert_close(q.sum(dim=1), torch.ones(40, dtype=torch.float64))
-    torch.testing.assert_close(q.sum(dim=0), torch.full((5,), 8.0).double(), atol=1e-3, rtol=0)
-    assert (scores.argmax(dim=1) == 0).float().mean() > 0.9
-
-
-def test_dino_center_and_teacher(load_variant):
+def test_dino_center(load_variant):
     module = load_variant("dino")
     model = module.DINO(module.build_backbone("convnet", 1, 28), 16, 8, 12)
     t = torch.randn(5, 12)
     model.update_center(t)
     model.update_center(t)
     torch.testing.assert_close(model.center, 0.19 * t.mean(dim=0))  # 0.1 + 0.9 * 0.1
-    s1, s2, t1, t2 = model(torch.rand(4, 1, 28, 28), torch.rand(4, 1, 28, 28))
-    assert s1.shape == t1.shape == (4, 12) and s1.abs().max() <= 1 + 1e-6  # cosines
-    assert s2.requires_grad and not t1.requires_grad and not t2.requires_grad
+    assert model(*torch.rand(2, 4, 1, 28, 28))[0].abs().max() <= 1 + 1e-6  # cosines
 
 
-@pytest.mark.parametrize(
-    "name, backbone, size",
-    [("swav", "convnet", 14), ("swav", "vit", 28), ("dino", "convnet", 14), ("dino", "vit", 28)],
-)
+@pytest.mark.parametrize("backbone, size", [("convnet", 14), ("vit", 28)])
+@pytest.mark.parametrize("name", ["swav", "dino"])
 def test_multi_crop_views(load_variant, tiny, tmp_path, monkeypatch, name, backbone, size):
-    """Two large views and four small ones; the teacher of DINO sees the large ones only."""
+    """Two large views and four small ones, of a twentieth to a quarter of the area."""
     module = load_variant(f"{name}_multi_crop")
-    seen, kind = [], module.SwAV if name == "swav" else module.DINO
-    forward = kind.forward
+    seen, boxes, kind = [], [], module.SwAV if name == "swav" else module.DINO
+    forward, augment = kind.forward, module.augment
+
+    def watch(x, *box, **options):
+        boxes.append(box)
+        return augment(x, *box, **options)
+
     monkeypatch.setattr(kind, "forward", lambda self, *x: seen.append(x) or forward(self, *x))
+    monkeypatch.setattr(module, "augment", watch)
     train_here(module, tmp_path, tiny, "--backbone", backbone)
     shapes = [[tuple(x.shape[1:]) for x in views] for views in seen]
     assert shapes == [[(1, 28, 28)] * 2 + [(1, size, size)] * 4] * 5
-    if name == "dino":
-        model = module.DINO(module.build_backbone("vit", 1, 28), 16, 8, 12)
-        views = torch.rand(6, 3, 1, 28, 28).unbind()
-        scores, t1, t2 = model(*views)
-        assert (torch.stack([t1, t2]) - torch.stack(scores[:2])).abs().max() < 1e-3  # a copy yet
-        assert len(scores) == 6 and not t1.requires_grad and not t2.requires_grad
+    assert boxes == ([()] * 2 + [(0.05, 0.25, size)] * 4) * 5
 
 
 def test_multi_crop_cuts_small_boxes(load_variant):
@@ -424,17 +378,14 @@ def test_multi_crop_cuts_small_boxes(load_variant):
         assert 0.045 < area.min() < 0.07 and 0.22 < area.max() < 0.26
 
 
-def test_moco_v3_queries_have_a_predictor_and_keys_no_gradient(load_variant):
+def test_moco_v3_queries_have_a_predictor(load_variant):
     module = load_variant("moco_v3")
     model = module.MoCoV3(module.build_backbone("convnet", 1, 28), 16, 8)
     x1, x2 = torch.rand(2, 4, 1, 28, 28)
-    q1, q2, k1, k2 = model(x1, x2)
-    assert q1.requires_grad and not k1.requires_grad and not k2.requires_grad
+    q1, _, k1, _ = model(x1, x2)
     z1 = model.projector(model.backbone(x1))
     torch.testing.assert_close(k1, F.normalize(z1, dim=1))  # the same at first
     torch.testing.assert_close(q1, F.normalize(model.predictor(z1), dim=1))
-    for x in (q1, q2, k1, k2):
-        torch.testing.assert_close(x.norm(dim=1), torch.ones(4))
 
 
 @pytest.mark.parametrize("name", ["moco_v3", "moco_v3_frozen_patches"])
