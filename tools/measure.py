@@ -256,23 +256,19 @@ def processor():
     return names[0] if names else "CPU"
 
 
-def evaluation_rows(run, evaluation, saved, commit, path):
-    """Return the rows that a copy of linear_eval.py has written to the file at `path` so far."""
-    rows = []
-    for row in read(path):
+def evaluation_rows(run, evaluation, saved, commit, args):
+    """Return the rows that a copy of linear_eval.py has written for an evaluation so far."""
+    rows, path = [], checkpoint_of(run, args)
+    for row in read(scores_of(run, evaluation, args)):
         if None in row.values():  # half a line: the evaluation is not over
             continue
-        end = row["row"].rpartition(".pt ")[2]  # "byol.pt fine-tuned"
-        kind = row["row"] if row["row"] in SHARED else end if " " in row["row"] else "linear"
+        what = row["row"].removeprefix(str(path)).strip()  # nothing, or "fine-tuned"
+        if what in SHARED:
+            row |= dict(backbone=saved["args"]["backbone"], commit=commit)
+        else:
+            row |= facts(run, saved, commit) | dict(row=f"{path.name} {what}".strip())
         dataset = evaluation.dataset or run.dataset
-        columns = dict(backbone=saved["args"]["backbone"], commit=commit)
-        if kind not in SHARED:
-            columns = facts(run, saved, commit)
-        else:  # what linear_eval.py says of the checkpoint has no part in it
-            columns |= dict.fromkeys(("checkpoint", "method", "epochs", "seed", "options"), "")
-            columns |= dict(training_seconds="")
-        columns |= dict(kind=kind, dataset=dataset, script=evaluation.script)
-        rows.append(row | columns)
+        rows.append(row | dict(kind=what or "linear", dataset=dataset, script=evaluation.script))
     return rows
 
 
@@ -489,7 +485,7 @@ def collect(run, rows, args):
     if run.ranks and not any(row["kind"] == "ranks" and belongs(row, run) for row in rows):
         new.append(ranks_row(run, saved, commit, args))
     for evaluation in run.evaluations:
-        new += evaluation_rows(run, evaluation, saved, commit, scores_of(run, evaluation, args))
+        new += evaluation_rows(run, evaluation, saved, commit, args)
     append(rows, new, args.csv)
 
 
@@ -497,7 +493,7 @@ def start(job, args):
     """Start the job's process; its output goes to a log beside the checkpoint."""
     path = checkpoint_of(job.run, args).with_suffix(".log")
     with path.open("a") as log:
-        log.write(f"commit {args.commit}: {shlex.join(job.command)}\n")
+        log.write(f"commit {args.commit} {shlex.join(job.command)}\n")
         log.flush()
         environment = os.environ | dict(OMP_NUM_THREADS="1")
         return subprocess.Popen(job.command, stdout=log, stderr=log, env=environment)
