@@ -348,9 +348,11 @@ def read_checkpoint(path, _changed):
 
 
 def checkpoint(run, args):
-    """Return the run's checkpoint, None if there is none yet."""
+    """Return the run's checkpoint; None before the end of the first epoch."""
     path = checkpoint_of(run, args)
-    return read_checkpoint(path, path.stat().st_mtime_ns) if path.exists() else None
+    if not path.exists() or not path.stat().st_size:
+        return None
+    return read_checkpoint(path, path.stat().st_mtime_ns)
 
 
 def place(dataset, args):
@@ -447,7 +449,7 @@ def jobs_of(run, rows, args):
         command += ["--epochs", str(run.epochs), "--seed", str(run.seed), "--out", str(out)]
         weight = dict(byol=1.4, moco_v3=4, dino=4, resnet18=60).get(name, 1)
         images = weight * (run.epochs - done) * DATASETS[run.dataset][0]
-        jobs.append(Job(run, None, command + ["--resume"] * (done > 0), images))
+        jobs.append(Job(run, None, command + ["--resume"] * out.exists(), images))
     for evaluation, labels in wanted:
         if not labels:
             continue
@@ -508,15 +510,18 @@ def work(runs, rows, args):
     try:
         while True:
             for process, (job, since) in list(running.items()):
-                if process.poll() is not None:
-                    del running[process]
-                    what = "evaluated" if job.evaluation else "trained"
-                    if process.returncode:
-                        failed.add(identity(job.run))
-                        what = f"FAILED, see {checkpoint_of(job.run, args).with_suffix('.log')}:"
-                    print(f"{time.monotonic() - since:6.0f} s  {what} {job.run}", flush=True)
-                if job.evaluation or process not in running:
+                ended = process.poll() is not None
+                if job.evaluation or ended:
                     collect(job.run, rows, args)
+                if not ended:
+                    continue
+                del running[process]
+                what = "evaluated" if job.evaluation else "trained"
+                again = [next_job.command for next_job in jobs_of(job.run, rows, args)]
+                if process.returncode or job.command in again:  # it would go on for ever
+                    failed.add(identity(job.run))
+                    what = f"FAILED, see {checkpoint_of(job.run, args).with_suffix('.log')}:"
+                print(f"{time.monotonic() - since:6.0f} s  {what} {job.run}", flush=True)
             busy = {identity(job.run) for job, _ in running.values()}
             for run in runs:
                 if len(running) >= args.jobs:
