@@ -373,7 +373,8 @@ def fill(text, rows):
             sys.exit(f"there is no table {match[2]}, only {', '.join(TABLES)}")
         return f"{match[1]}\n\n{TABLES[match[2]](rows)}\n\n<!-- end -->"
 
-    return re.sub(r"(<!-- table: (\S+) -->).*?<!-- end -->", table, text, flags=re.S)
+    marked = re.compile(r"^(<!-- table: (\S+) -->)$.*?^<!-- end -->$", re.M | re.S)
+    return marked.sub(table, text)
 
 
 def fill_script(text, name, rows):
