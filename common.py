@@ -302,7 +302,7 @@ def decode_images(paths, image_size, cache):
             unfinished.unlink()
     if faint:
         print(
-            f"warning: {len(faint):,} images have fewer than 16 grey levels, like {min(faint)}: if "
+            f"warning: {len(faint):,} images have at most 16 grey levels, like {min(faint)}: if "
             "they have 16 bits, scale the values of all images alike, so that they reach 65,535"
         )
 

@@ -217,7 +217,7 @@ def test_of_16_bits_the_upper_8_count(photos, capsys, mode, dtype, factor):
     values = (factor * GREY).astype(dtype)
     Image.frombytes(mode, (32, 32), values.tobytes()).save(photos / "0.tif")
     assert torch.equal(first_pixels(photos)[0], torch.from_numpy(factor * GREY // 256).byte())
-    warned = "1 images have fewer than 16 grey levels, like" in capsys.readouterr().out
+    warned = "1 images have at most 16 grey levels, like" in capsys.readouterr().out
     assert warned == (factor == 3)
 
 
