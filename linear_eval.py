@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import classification_report, confusion_matrix
+from sklearn.metrics import classification_report, confusion_matrix, recall_score
 from torch import nn
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from common import DataError, build_backbone, load_dataset
 from simclr import augment
 
-CANDIDATES = (1, 10, 100, 1000)  # for C: the larger, the weaker the penalty on the weights
+CANDIDATES = (3, 10, 30, 100, 1000)  # for C: the larger, the weaker the penalty on the weights
 # Training with labels: 3,000 steps, or 30 epochs where that is more. Chosen on held-out images.
 STEPS, EPOCHS, BATCH_SIZE, LR = 3000, 30, 128, 0.03
 FINETUNE_LR = 0.001  # of a pretrained backbone: with few labels a higher rate undoes its training
@@ -50,11 +50,10 @@ def normalized(network, mean, std):
 def load_encoder(path):
     """Return (encoder, checkpoint): uint8 images to features, and all that a script saved.
 
-    Only the backbone is rebuilt, so the script need not be there. weights_only=True keeps the file
-    from running code. Raises DataError unless the backbone is whole and its weights are finite.
+    Only the backbone is rebuilt. Raises DataError unless it is whole and its weights are finite.
     """
     try:
-        checkpoint = torch.load(path, "cpu", weights_only=True)
+        checkpoint = torch.load(path, "cpu", weights_only=True)  # a file must not run code
         args, model = checkpoint["args"], checkpoint["model"]
         _ = checkpoint["metrics"], args["method"], args["dataset"]
         backbone = build_backbone(args["backbone"], args["images"][1], args["images"][3])
@@ -87,14 +86,17 @@ def knn_accuracy(train, train_labels, test, test_labels, k=200, temperature=0.1)
     Features have length 1. A neighbour's vote weighs exp(cosine / temperature) (InstDisc, Wu et al.
     2018, section 3.4, with 0.07).
     """
-    correct = 0
-    for x, labels in zip(test.split(500), test_labels.split(500), strict=True):
+    guesses = []
+    for x in test.split(500):
         cosines, nearest = (x @ train.T).topk(min(k, len(train)), dim=1)  # (500, k)
-        weights = (cosines / temperature).exp()
-        votes = weights.new_zeros(len(x), int(train_labels.max()) + 1)  # (500, K)
-        votes.scatter_add_(1, train_labels[nearest], weights)
-        correct += (votes.argmax(dim=1) == labels).sum().item()
-    return 100 * correct / len(test)
+        votes = F.one_hot(train_labels[nearest]) * (cosines / temperature).exp()[:, :, None]
+        guesses.append(votes.sum(dim=1).argmax(dim=1))
+    return percent(torch.cat(guesses), test_labels)
+
+
+def percent(guesses, labels):
+    """Return the accuracy in percent."""
+    return 100 * (guesses == labels).double().mean().item()
 
 
 def fit(layer, features, labels, c):
@@ -142,11 +144,10 @@ def linear_probe(features, labels, n_classes):
 
 
 def train_with_labels(encoder, images, labels, n_classes, seed=0, backbone_lr=FINETUNE_LR):
-    """Train a copy of an encoder, and a linear layer, on uint8 images (N, C, H, W), labels (N,).
+    """Return a network from uint8 images (N, C, H, W) to logits (N, K), trained with labels (N,).
 
-    Return both as one network, from uint8 images to logits (N, K). Random weights show what labels
-    alone give; with pretrained ones it is fine-tuning. The linear layer starts at zero, so its peak
-    rate is LR in both cases. SGD as in the methods, with Nesterov momentum.
+    It is a copy of the encoder and a linear layer that starts at zero. Random weights show what
+    labels alone give; with pretrained ones it is fine-tuning. SGD with Nesterov momentum.
     """
     scale, normalize, backbone = deepcopy(encoder)
     device, size = images.device.type, min(BATCH_SIZE, len(images))
@@ -159,8 +160,8 @@ def train_with_labels(encoder, images, labels, n_classes, seed=0, backbone_lr=FI
     optimizer = torch.optim.SGD(groups, LR, 0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported(False)
-    order = torch.empty(0, dtype=torch.int64, device=device)
 
+    order = torch.empty(0, dtype=torch.int64, device=device)
     for _ in tqdm(range(steps), "training", leave=False, disable=None):
         if len(order) < size:
             order = torch.randperm(len(images), device=device)
@@ -178,8 +179,10 @@ def train_with_labels(encoder, images, labels, n_classes, seed=0, backbone_lr=FI
 
 def draw_labels(labels, indices, budget, classes, seed):
     """Draw `budget` of the `indices`, equally many of each of `classes`; return them sorted."""
+    if budget == len(indices):
+        return indices
     each, rest = divmod(budget, len(classes))
-    if rest:
+    if rest or not each:
         raise DataError(f"--labels {budget} is not a multiple of the {len(classes)} classes")
     generator, drawn = torch.Generator().manual_seed(seed), []
     for label, name in enumerate(classes):
@@ -198,10 +201,10 @@ def open_csv(path):
         raise DataError(f"--csv {path} cannot be written: {error.strerror}") from error
     file.seek(0)
     header, writer = file.readline().strip(), csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    if header and header != ",".join(COLUMNS):
-        raise DataError(f"--csv {path} has other columns than these scores: choose another file")
     if not header:
         writer.writeheader()
+    elif header != ",".join(COLUMNS):
+        raise DataError(f"--csv {path} has other columns than these scores: choose another file")
     return writer
 
 
@@ -238,138 +241,105 @@ def parse_args(argv=None):
     option("--device", choices=devices, default=devices[-1])
     args = parser.parse_args(argv)
     for n in args.labels:
-        if n != "all" and not (n.isdecimal() and int(n) >= 2):
-            parser.error(f"--labels {n} is neither 'all' nor a number from 2")
+        if n != "all" and not n.isdecimal():
+            parser.error(f"--labels {n} is neither 'all' nor a number")
     if args.trials < 1 or args.validation < 0:
-        parser.error(f"--trials {args.trials}, --validation {args.validation}: too low")
+        parser.error(f"--trials {args.trials} or --validation {args.validation} is too low")
     return args
-
-
-def hold_out(data, n):
-    """Return the data with n labelled training images in place of the test images; the others."""
-    known = (data.train_labels >= 0).nonzero().flatten()
-    if n > len(known) - 2:
-        raise DataError(f"--validation {n}: leave at least 2 of {len(known)} images to learn from")
-    known = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(0))]
-    if n:
-        images, labels = data.train_images[known[:n]], data.train_labels[known[:n]]
-        data = data._replace(test_images=images, test_labels=labels)
-    return data, known[n:].sort().values
-
-
-def evaluate(encoder, backbone_lr, data, draws, seed):
-    """Yield the guesses for the test images, C and kNN accuracy, for each draw of labels.
-
-    An encoder without `backbone_lr` stays frozen. The kNN accuracy is that of the last draw.
-    """
-    test, n_classes, knn = data.test_images, len(data.classes), ""
-    test_h = None if backbone_lr else extract_features(encoder, test)
-    for _, _, drawn in draws:
-        images, labels = data.train_images[drawn], data.train_labels[drawn]
-        if backbone_lr:
-            network = train_with_labels(encoder, images, labels, n_classes, seed, backbone_lr)
-            yield apply(network, test).argmax(dim=1), "", ""
-        else:
-            train_h = extract_features(encoder, images)
-            layer, c = linear_probe(train_h, labels, n_classes)
-            if drawn is draws[-1][2]:
-                knn = round(knn_accuracy(train_h, labels, test_h, data.test_labels), 4)
-            yield layer(test_h).argmax(dim=1), c, knn
 
 
 def main(argv=None):
     """Print a table of how well pixels, random features and learnt features tell classes apart."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # not every terminal has the sign ±
     args = parse_args(argv)
     loaded = {path: load_encoder(path) for path in args.weights}
     trained = loaded[args.weights[0]][1]["args"]
-    name, backbone, (_, channels, _, size) = (
-        args.dataset or trained["dataset"],
-        trained["backbone"],
-        trained["images"],
-    )
-    data = load_dataset(name, args.data_dir, size, args.device)
+    name, backbone = args.dataset or trained["dataset"], trained["backbone"]
+    data = load_dataset(name, args.data_dir, trained["images"][3], args.device)
     shape = list(data.train_images.shape[1:])
     for path, (_, checkpoint) in loaded.items():
-        other = checkpoint["args"]
-        if (other["backbone"], other["images"][1:]) != (backbone, shape):
-            raise DataError(
-                f"{path} needs images {other['images'][1:]}, {other['backbone']}; {name} has "
-                f"{shape}, the first checkpoint {backbone}"
-            )
+        other, needed = checkpoint["args"]["backbone"], checkpoint["args"]["images"][1:]
+        if (other, needed) != (backbone, shape):
+            raise DataError(f"{path} is for {other}, {needed}, but this is {backbone}, {shape}")
     if not data.classes:
-        raise DataError(
-            f"{name} has no labels to score: docs/guide.md has other ways to look at it"
-        )
-    data, known = hold_out(data, args.validation)
+        raise DataError(f"{name} has no labels to score: docs/guide.md tells what else one can do")
+
+    known = (data.train_labels >= 0).nonzero().flatten()  # what to learn from
+    if args.validation > len(known) - 2:
+        raise DataError(f"--validation {args.validation}: leave at least 2 of {len(known)} images")
+    if args.validation:
+        known = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(0))]
+        held_out, known = known[: args.validation], known[args.validation :].sort().values
+        images, labels = data.train_images[held_out], data.train_labels[held_out]
+        data = data._replace(test_images=images, test_labels=labels)
     if not len(data.test_labels):
         raise DataError(f"{name} has no test images: hold some out with --validation N")
     draws = []  # (number of labels, seed, indices of the images), the largest number last
     for n in sorted({len(known) if n == "all" else int(n) for n in args.labels}):
-        if n == len(known):
-            draws.append((n, "", known))
-        else:
-            for seed in range(10_000 * args.seed, 10_000 * args.seed + args.trials):
-                drawn = draw_labels(data.train_labels, known, n, data.classes, seed)
-                draws.append((n, seed, drawn))
+        seeds = range(10_000 * args.seed, 10_000 * args.seed + args.trials)
+        for seed in [""] if n == len(known) else seeds:  # all can be drawn in one way only
+            drawn = draw_labels(data.train_labels, known, n, data.classes, seed)
+            draws.append((n, seed, drawn))
 
     torch.manual_seed(args.seed)
     moments = data.mean.tolist(), data.std.tolist()
-    random_init = normalized(build_backbone(backbone, channels, size), *moments), None
-    rows = [("raw pixels", normalized(nn.Flatten(), *moments), None, None)]
-    rows += [("random init", *random_init, None)]
-    rows += [(path, *loaded[path], None) for path in loaded]
+    random_init = normalized(build_backbone(backbone, shape[0], shape[2]), *moments)
+    rows = {"raw pixels": (normalized(nn.Flatten(), *moments), None, None)}
+    rows["random init"] = random_init, None, None  # encoder, checkpoint, rate if it is trained
+    rows |= {path: (*loaded[path], None) for path in loaded}
     if args.baselines:
-        rows += [("labels only", *random_init, LR)]
+        rows["labels only"] = random_init, None, LR
     if args.finetune:
-        rows += [(f"{path} fine-tuned", *loaded[path], FINETUNE_LR) for path in loaded]
+        rows |= {f"{path} fine-tuned": (*loaded[path], FINETUNE_LR) for path in loaded}
 
-    truth = data.test_labels
-    largest = data.train_labels[known].mode().values.item()
-    guessing = 100 * (truth == largest).double().mean().item()
-    of_class = [truth == k for k in truth.unique()]
-    uneven = len({int(mask.sum()) for mask in of_class}) > 1
+    truth, classes, most = data.test_labels, data.classes, data.train_labels[known].mode().values
+    uneven = len(truth.unique(return_counts=True)[1].unique()) > 1
+    width, numbers = max(map(len, rows)), dict.fromkeys(n for n, _, _ in draws)
+    titles = "".join(f"{f'{n:,} labels':>15}" for n in numbers) + "     kNN     C     s"
     print(f"{name}, {backbone}. Accuracy in percent on {len(truth):,} images.")
-    print(f"Always guessing {data.classes[largest]} gives {guessing:.2f}.")
-    print(f"kNN and C belong to the last draw of {draws[-1][0]:,} labels.\n")
-    width, numbers = max(len(row[0]) for row in rows), dict.fromkeys(n for n, _, _ in draws)
-    columns = "".join(f"{f'{n:,} labels':>15}" for n in numbers)
-    print(f"{'':<{width}}{columns}     kNN     C     s{'  balanced' if uneven else ''}")
+    print(f"Always guessing {classes[most]} gives {percent(most, truth):.2f}.")
+    print(f"kNN and C belong to the last draw of {n:,} labels.\n")
+    print(f"{'':<{width}}{titles}{'  balanced' * uneven}")
     scored = f"validation {args.validation}" if args.validation else "test"
     writer, reports = open_csv(args.csv) if args.csv else None, []
-
-    for row, encoder, checkpoint, backbone_lr in rows:
-        scores, begun, total = {n: [] for n in numbers}, time.perf_counter(), 0
-        results = evaluate(encoder.to(args.device), backbone_lr, data, draws, args.seed)
-        for (n, seed, _), (guesses, c, knn) in zip(draws, results, strict=True):
-            accuracy = 100 * (guesses == truth).double().mean().item()
-            scores[n].append(accuracy)
-            seconds, begun = time.perf_counter() - begun, time.perf_counter()
-            total += seconds
-            cell = dict(row=row, dataset=name, scored=scored, labels=n, draw=seed, c=c, knn=knn)
-            cell |= dict(accuracy=round(accuracy, 4), seconds=round(seconds, 2))
-            cell["checkpoint"] = row.removesuffix(" fine-tuned") if checkpoint else ""
+    for row, (encoder, checkpoint, rate) in rows.items():
+        about = dict(row=row, dataset=name, scored=scored) | describe(checkpoint, args.device)
+        about["checkpoint"] = row.removesuffix(" fine-tuned") if checkpoint else ""
+        begun, seconds, scores, c, knn = time.perf_counter(), [], {n: [] for n in numbers}, "", ""
+        encoder = encoder.to(args.device)
+        test_h = extract_features(encoder, data.test_images)
+        for n, seed, drawn in draws:
+            images, labels = data.train_images[drawn], data.train_labels[drawn]
+            if rate:
+                network = train_with_labels(encoder, images, labels, len(classes), args.seed, rate)
+                guesses = apply(network, data.test_images).argmax(dim=1)
+            else:
+                train_h = extract_features(encoder, images)
+                layer, c = linear_probe(train_h, labels, len(classes))
+                guesses = layer(test_h).argmax(dim=1)
+                knn = knn_accuracy(train_h, labels, test_h, truth) if drawn is draws[-1][2] else ""
+            scores[n].append(percent(guesses, truth))
+            seconds.append(time.perf_counter() - begun - sum(seconds))
             if writer:
-                writer.writerow(cell | describe(checkpoint, args.device))
+                cell = dict(labels=n, draw=seed, accuracy=round(scores[n][-1], 4), knn=knn, c=c)
+                writer.writerow(about | cell | dict(seconds=round(seconds[-1], 2)))
         line = f"{row:<{width}}"
         for values in scores.values():
             deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             line += f"{f'{statistics.mean(values):.2f}{deviation}':>15}"
-        line += f"{f'{knn:.2f}' if c else '-':>8}{c or '-':>6}{total:>6.0f}"
-        recalls = [(guesses == truth)[mask].double().mean().item() for mask in of_class]
-        print(line + f"{100 * statistics.mean(recalls):>10.2f}" * uneven, flush=True)
-        if args.report:
-            pair = truth.cpu(), guesses.cpu()
-            every = dict(labels=range(len(data.classes)))
-            names = dict(target_names=data.classes, zero_division=0)
-            reports += [f"\n{row}", classification_report(*pair, **every, **names)]
-            reports += ["rows: classes, columns: predictions", confusion_matrix(*pair, **every)]
-    for text in reports:
-        print(text)
+        pair, every = (truth.cpu(), guesses.cpu()), dict(labels=range(len(classes)))
+        balanced = recall_score(*pair, labels=truth.unique().cpu(), average="macro")
+        line += f"{f'{knn:.2f}' if c else '-':>8}{c or '-':>6}{sum(seconds):>6.0f}"
+        print(line + f"{100 * balanced:>10.2f}" * uneven, flush=True)
+        report = classification_report(*pair, **every, target_names=classes, zero_division=0)
+        reports += [f"\n{row}", report, "rows: classes, columns: predictions"]
+        reports += [str(confusion_matrix(*pair, **every))]
+    if args.report:
+        print("\n".join(reports))
 
 
 if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal has the sign ±
     try:
         main()
     except KeyboardInterrupt:

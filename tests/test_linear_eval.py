@@ -486,12 +486,13 @@ def test_a_variant_is_evaluated_without_its_script(checkpoint, tiny, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--labels", "0"], "--labels 0 is neither"),
+        (["--labels", "0"], "--labels 0 is not a multiple"),
+        (["--labels", "few"], "--labels few is neither"),
         (["--labels", "7"], "--labels 7 is not a multiple of the 10 classes"),
         (["--labels", "330"], "--labels 330: T-shirt/top has 32 images, not 33"),
         (["--trials", "0"], "--trials 0"),
         (["--validation", "-1"], "--validation -1"),
-        (["--dataset", "photos"], "byol.pt needs images [1, 28, 28]"),
+        (["--dataset", "photos"], "byol.pt is for convnet, [1, 28, 28], but this is convnet, [3, 28, 28]"),
     ],
 )
 def test_bad_options_are_refused(checkpoint, tiny, options, words):

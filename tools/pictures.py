@@ -1,0 +1,410 @@
+"""Draw what checkpoints have learnt: maps, neighbours, views, training curves, accuracies.
+
+    python tools/pictures.py --weights byol.pt --out pictures
+    python tools/pictures.py --weights simclr.pt byol.pt --csv scores.csv --out pictures
+    python tools/pictures.py --weights *.pt --docs     # the pictures of docs/
+
+scores.csv is what linear_eval.py --csv has written. --docs draws what docs/results.csv has rows
+for, the family, and, of checkpoints, those pictures of docs/ that they can show.
+"""
+
+import argparse
+import csv
+import importlib
+import math
+import statistics
+import sys
+import warnings
+from pathlib import Path
+
+import matplotlib.patches
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common import DataError, build_backbone, load_dataset  # noqa: E402
+from linear_eval import extract_features, load_encoder, normalized  # noqa: E402
+
+METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL", "simsiam": "SimSiam"}
+MARKERS = "o^sDvP*X<>"  # ten colours and ten markers tell a hundred classes apart
+FEWEST = 4  # images that a map or neighbours need
+
+
+def panels(width, height, rows=1, columns=1):
+    """Return a matplotlib figure of that size in inches, and its axes (rows, columns)."""
+    figure = Figure((width, height), dpi=80, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def plain(text):
+    """Return text that matplotlib shows as it is: no formula between $, and in the legend too."""
+    text = str(text).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def save(figure, path):
+    """Write the picture; say once which characters the font lacks."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(path)
+    missing = any("missing from" in str(warning.message) for warning in caught)
+    print(f"{path}{': the font lacks some characters, boxes stand for them' if missing else ''}")
+
+
+def show(axes, image, **options):
+    """Draw one uint8 image (C, H, W)."""
+    axes.imshow(image.permute(1, 2, 0).cpu().numpy(), cmap="gray", vmin=0, vmax=255, **options)
+    axes.set(xticks=[], yticks=[])
+
+
+def draw_labels(scores, path):
+    """Draw accuracy by number of labels: `scores` maps a row to {number: accuracies}."""
+    figure, [[axes]] = panels(8, 5)
+    for i, (name, values) in enumerate(scores.items()):
+        numbers = sorted(values)
+        mean = [statistics.mean(values[n]) for n in numbers]
+        deviation = [statistics.stdev(values[n]) if len(values[n]) > 1 else 0 for n in numbers]
+        learnt = name not in ("raw pixels", "random init", "labels only")
+        style = dict(marker=MARKERS[i % 10], linestyle="-" if learnt else "--")
+        axes.errorbar(numbers, mean, deviation, capsize=3, label=plain(name), **style)
+    numbers = sorted({n for values in scores.values() for n in values})
+    axes.set(title="Accuracy by number of labels (bars: deviation of draws)", xscale="log")
+    axes.set(xlabel="labelled training images", ylabel="accuracy (%)")
+    axes.set_xticks(numbers, [f"{n:,}" for n in numbers])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(figure, path)
+
+
+def draw_curves(metrics, path):
+    """Draw loss, kNN accuracy and z_std by epoch: `metrics` maps a name to a checkpoint's rows."""
+    titles = {"loss": "training loss", "knn": "kNN accuracy (%)", "z_std": "z_std (0: one point)"}
+    if not any("knn" in row for rows in metrics.values() for row in rows):
+        del titles["knn"]  # the images had no labels
+    figure, axes = panels(3 + 2.5 * len(metrics), 7, len(titles), len(metrics))
+    for column, (name, rows) in enumerate(metrics.items()):
+        for key, boxes in zip(titles, axes, strict=True):
+            if key != "loss":  # losses of different methods cannot be compared
+                boxes[column].sharey(boxes[0])
+            shown = [row for row in rows if key in row]  # kNN is not taken in every epoch
+            x, y = [row["epoch"] for row in shown], [row[key] for row in shown]
+            boxes[column].plot(x, y, marker=".")
+            boxes[column].set(title=plain(name), xlabel="epoch", ylabel=titles[key])
+            boxes[column].grid(alpha=0.3)
+    save(figure, path)
+
+
+def draw_map(features, images, labels, classes, path):
+    """Draw a t-SNE map for each entry of `features`: coloured points, or pictures if no classes.
+
+    t-SNE ends the process where all features are equal, so such an entry is left out.
+    """
+    for name, values in list(features.items()):
+        if len(values.round(decimals=4).unique(dim=0)) < FEWEST:
+            print(f"{name}: (almost) all features are equal, so there is no map of them")
+            del features[name]
+    if not features:
+        return
+    figure, [axes] = panels(8 * len(features), 8, 1, len(features))
+    for box, (name, values) in zip(axes, features.items(), strict=True):
+        tsne = TSNE(perplexity=min(30, math.ceil(len(values) / 4)), random_state=0)
+        points = tsne.fit_transform(values.cpu().numpy())
+        for k, label in enumerate(classes):
+            style = dict(color=f"C{k % 10}", marker=MARKERS[k // 10 % 10], label=plain(label))
+            box.scatter(*points[(labels == k).cpu().numpy()].T, s=12, **style)
+        if not classes:
+            half = np.ptp(points, axis=0).max() / 2
+            (x, y), size = points.min(axis=0) + np.ptp(points, axis=0) / 2, half / 30
+            for image, (left, low) in zip(images, points, strict=True):
+                show(box, image, extent=(left - size, left + size, low - size, low + size))
+            half += size
+            box.set(xlim=(x - half, x + half), ylim=(y - half, y + half))
+        box.set(title=f"{plain(name)}: t-SNE of the features", xticks=[], yticks=[])
+    if classes:
+        columns = math.ceil(len(classes) / 30)
+        axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, ncols=columns)
+    save(figure, path)
+
+
+def draw_grid(images, titles, path, labels=None, classes=()):
+    """Draw uint8 images (rows, columns, C, H, W).
+
+    Those of another class than the first in their row, by `labels` (rows, columns), get red frames.
+    """
+    figure, axes = panels(1 + 0.82 * images.shape[1], 0.5 + 0.8 * len(images), *images.shape[:2])
+    for row, boxes in enumerate(axes):
+        for column, box in enumerate(boxes):
+            show(box, images[row, column])
+            if classes and labels[row, column] != labels[row, 0]:
+                name = plain(classes[labels[row, column]])
+                box.set_xlabel(name, color="C3", fontsize=7, labelpad=1)
+                box.spines[:].set(color="C3", linewidth=4)
+        if classes:
+            boxes[0].set_ylabel(plain(classes[labels[row, 0]]), rotation=0, ha="right")
+    for box, title in zip(axes[0], titles, strict=True):
+        box.set_title(title, fontsize=9)
+    save(figure, path)
+
+
+def split(data):
+    """Return (images, labels, bank, bank labels): those to show, and those to find neighbours in.
+
+    The images shown are test images. Where there are none, they are every second training image.
+    """
+    if len(data.train_labels) < FEWEST:
+        raise DataError(f"{len(data.train_labels)} images are too few: {FEWEST} are needed")
+    if len(data.test_labels) >= FEWEST:
+        known = (data.train_labels >= (0 if data.classes else -1)).nonzero().flatten()
+        bank, bank_labels = data.train_images[known], data.train_labels[known]
+        return data.test_images, data.test_labels, bank, bank_labels
+    images, labels = data.train_images, data.train_labels
+    if data.classes:
+        images, labels = images[labels >= 0], labels[labels >= 0]
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(images), generator=generator)
+    shown, bank = order[::2], order[1::2]
+    return images[shown], labels[shown], images[bank], labels[bank]
+
+
+def draw_map_of(encoder, saved, name, data, path):
+    """Draw the map of up to 1,000 images, beside that of the same network with random weights."""
+    images, labels, *_ = split(data)
+    every = math.ceil(len(images) / (1000 if data.classes else 500))  # pictures need more room
+    images, labels = images[::every], labels[::every]
+    torch.manual_seed(0)
+    backbone = build_backbone(saved["args"]["backbone"], images.shape[1], images.shape[3])
+    random_init = normalized(backbone, data.mean.tolist(), data.std.tolist())
+    networks = {"random init": random_init, name: encoder}
+    features = {key: extract_features(network, images) for key, network in networks.items()}
+    draw_map(features, images, labels, data.classes, path)
+
+
+def draw_neighbours_of(encoder, data, path):
+    """Draw the images whose features are nearest to those of ten images."""
+    images, labels, bank, bank_labels = split(data)
+    queries = labels.argsort(stable=True)[:: math.ceil(len(labels) / 10)]  # of all classes
+    cosines = extract_features(encoder, images[queries]) @ extract_features(encoder, bank).T
+    nearest = cosines.topk(min(8, len(bank)), dim=1).indices  # (10, 8)
+    shown = torch.cat([images[queries, None], bank[nearest]], dim=1)
+    found = torch.cat([labels[queries, None], bank_labels[nearest]], dim=1)
+    titles = ["query", *map(str, range(1, shown.shape[1]))]
+    draw_grid(shown, titles, path, found, data.classes)
+
+
+def draw_views_of(saved, data, path):
+    """Draw ten images and three pairs of views of each, as the method of the checkpoint does."""
+    images, labels, *_ = split(data)
+    x = images[labels.argsort(stable=True)[:: math.ceil(len(labels) / 10)]] / 255
+    method = saved["args"]["method"]
+    script = importlib.import_module(method if method in METHODS else "simclr")
+    second = dict(solarize=0.2) if method == "byol" else {}  # as byol.train does
+    torch.manual_seed(0)
+    views = [x]
+    for _ in range(3):
+        views += [script.augment(x), script.augment(x, **second)]
+    titles = ["image", *["view 1", "view 2"] * 3]
+    draw_grid((255 * torch.stack(views, dim=1)).byte(), titles, path)
+
+
+def read_rows(path):
+    """Return the lines of a csv file as dictionaries."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or "accuracy" not in rows[0]:
+        raise DataError(f"{path} holds no scores that linear_eval.py --csv has written")
+    return rows
+
+
+def scores_of(rows):
+    """Return {row: {number of labels: accuracies}} of lines of a csv file."""
+    scores = {}
+    for row in rows:
+        numbers = scores.setdefault(row["row"], {})
+        numbers.setdefault(int(row["labels"]), []).append(float(row["accuracy"]))
+    return scores
+
+
+def stems(paths):
+    """Return a file name for each path, no two alike."""
+    names = {}
+    for path in paths:
+        name = stem = "-".join(Path(path).with_suffix("").parts).strip("/-.") or "weights"
+        number = 2
+        while name in names.values():
+            name, number = f"{stem}-{number}", number + 1
+        names[path] = name
+    return names
+
+
+def draw_all(args, loaded):
+    """Draw all that can be drawn of the checkpoints, and of the scores, into a folder."""
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.csv:
+        rows = read_rows(args.csv)
+        for dataset, scored in dict.fromkeys((row["dataset"], row["scored"]) for row in rows):
+            part = [row for row in rows if (row["dataset"], row["scored"]) == (dataset, scored)]
+            stem = "-".join([*Path(dataset).parts, *scored.split()]).strip("/-")
+            draw_labels(scores_of(part), folder / f"labels-{stem}.png")
+    if loaded:
+        metrics = {path: saved["metrics"] for path, (_, saved) in loaded.items()}
+        draw_curves(metrics, folder / "curves.png")
+    for path, stem in stems(loaded).items():
+        encoder, saved = loaded[path]
+        data = load_dataset(
+            args.dataset or saved["args"]["dataset"], args.data_dir, saved["args"]["images"][3]
+        )
+        draw_views_of(saved, data, folder / f"views-{stem}.png")
+        draw_neighbours_of(encoder, data, folder / f"neighbours-{stem}.png")
+        draw_map_of(encoder, saved, path, data, folder / f"map-{stem}.png")
+
+
+FAMILY = {  # name: (year of arXiv, column, height, what it changes in those before, those)
+    "CPC": (2018, 0, 4.6, "predicts patches\nfrom other patches", ()),
+    "InstDisc": (2018, 0, 2.4, "each image a class,\na bank of features", ()),
+    "CMC": (2019, 1, 5.5, "luminance and colour\ninstead of patches", ("CPC",)),
+    "InvaSpread": (2019, 1, 3.1, "the batch instead\nof the bank", ("InstDisc",)),
+    "MoCo": (2019, 1, 1.1, "a queue instead of\nthe bank, slow keys", ("CPC", "InstDisc")),
+    "SimCLR": (2020, 2, 4.3, "strong augmentation,\na nonlinear head", ("CPC", "InvaSpread")),
+    "SimCLRv2": (2020, 3, 6.0, "a deeper head, its\nfirst layer is kept", ("SimCLR",)),
+    "SupCon": (2020, 3, 5.1, "positives\nby label", ("SimCLR",)),
+    "SwAV": (2020, 3, 3.2, "clusters instead\nof negatives", ("SimCLR",)),
+    "BYOL": (2020, 3, 1.1, "no negatives,\na predictor", ("MoCo", "SimCLR")),
+    "Barlow Twins": (2021, 4, 4.3, "correlations instead\nof negatives", ("SimCLR",)),
+    "DINO": (2021, 4, 2.4, "no predictor,\ncentred scores", ("SwAV", "BYOL")),
+    "SimSiam": (2020, 4, 1.1, "no second\nnetwork", ("BYOL",)),
+    "MoCo v3": (2021, 4, 0.1, "no queue,\na predictor", ("MoCo", "BYOL")),
+    "VICReg": (2021, 5, 4.3, "variance and covariance\nof each view", ("Barlow Twins",)),
+    "LeJEPA": (2025, 6, 4.3, "all directions\nnormally distributed", ("VICReg",)),
+}
+
+
+def draw_family(path):
+    """Draw a box for each method, and an arrow from each to those that it led to."""
+    figure, [[axes]] = panels(19, 8)
+    arrow = dict(arrowstyle="-|>", color="0.35", lw=1.5, shrinkA=0, shrinkB=0)
+    for name, (year, x, y, text, before) in FAMILY.items():
+        ours = name in METHODS.values()
+        colours = dict(facecolor="#dbe8f6" if ours else "white", edgecolor="C0" if ours else "0.1")
+        corners = matplotlib.patches.FancyBboxPatch(
+            (x, y), 0.8, 0.7, "round,pad=0.02", linewidth=1.8, mutation_aspect=2, **colours
+        )
+        axes.add_patch(corners)
+        axes.text(x + 0.03, y + 0.55, name, fontsize=12, weight="bold", va="center")
+        axes.text(x + 0.78, y + 0.55, year, fontsize=10, color="0.45", ha="right", va="center")
+        axes.text(x + 0.4, y + 0.2, text, fontsize=10, ha="center", va="center")
+        for other in before:
+            _, left, low, *_ = FAMILY[other]
+            axes.annotate("", (x - 0.02, y + 0.35), (left + 0.82, low + 0.35), arrowprops=arrow)
+    note = "blue: one of the four scripts      white: a diff      In a box: what the method changes"
+    axes.text(0, -0.4, f"{note} in those before it. Years are those of arXiv.", fontsize=12)
+    axes.set(xlim=(-0.1, 6.95), ylim=(-0.6, 6.8))
+    axes.axis("off")
+    save(figure, path)
+
+
+def draw_time(rows, path):
+    """Draw accuracy with 1,000 labels against the minutes of training, on CIFAR-10 (JPEG).
+
+    Only runs of the device on which most of them ran are compared.
+    """
+    rows = [row for row in rows if row["labels"] == "1000" and row["dataset"] == "CIFAR-10 (JPEG)"]
+    of_methods = [row for row in rows if row["run"] in METHODS and row["kind"] == "linear"]
+    random = [float(row["accuracy"]) for row in rows if row["kind"] == "random init"]
+    if not of_methods or not random:
+        return print(f"{path}: results.csv has no rows for it")
+    device = statistics.mode(row["device"] for row in of_methods)
+    figure, [[axes]] = panels(8, 5)
+    for i, (method, title) in enumerate(METHODS.items()):
+        runs = {}
+        for row in of_methods:
+            if row["run"] == method and row["device"] == device:
+                runs.setdefault(int(row["epochs"]), []).append(row)
+        minutes = [
+            statistics.mean(float(row["training_seconds"]) / 60 for row in runs[n])
+            for n in sorted(runs)
+        ]
+        mean = [statistics.mean(float(row["accuracy"]) for row in runs[n]) for n in sorted(runs)]
+        axes.plot(minutes, mean, marker=MARKERS[i], label=title)
+        for x, y, n in zip(minutes, mean, sorted(runs), strict=True):
+            axes.annotate(f"{n} epochs", (x, y), (4, -11), textcoords="offset points", fontsize=7)
+    axes.axhline(statistics.mean(random), color="0.4", linestyle="--", label="random network")
+    axes.set(title="CIFAR-10 (JPEG): linear classifier on 1,000 labels", xscale="log")
+    axes.set(xlabel=f"minutes of training ({device})", ylabel="test accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(figure, path)
+
+
+def draw_docs(args, loaded):
+    """Draw the pictures of docs/, but methods.png, which is drawn by hand."""
+    docs = Path(args.out)
+    draw_family(docs / "family.png")
+    rows = read_rows(args.csv or ROOT / "docs" / "results.csv")
+    rows = [row for row in rows if row["scored"] == "test" and row["script"] == "linear_eval"]
+    rows = [row for row in rows if row["backbone"] == "convnet"]
+    draw_time(rows, docs / "accuracy-over-time.png")
+    for dataset, name in (("CIFAR-10 (JPEG)", "labels-cifar10"), ("Fashion-MNIST", "labels")):
+        part = []
+        for row in rows:
+            ours = row["run"] in METHODS and row["epochs"] == "10" and row["kind"] == "linear"
+            if row["dataset"] == dataset and (ours or row["kind"] in ("raw pixels", "random init")):
+                part.append(row | dict(row=METHODS[row["run"]] if ours else row["kind"]))
+        if part:
+            draw_labels(scores_of(part), docs / f"{name}.png")
+
+    fashion, others, collapse = {}, {}, {}
+    for encoder, saved in loaded.values():
+        method, grey = saved["args"]["method"], saved["args"]["dataset"] == "fashion-mnist"
+        if method in METHODS:
+            (fashion if grey else others)[method] = encoder, saved
+        if method in ("simsiam", "simsiam_no_stop_grad", "simsiam_no_stop_grad_no_norm"):
+            collapse |= {} if grey else {method: saved["metrics"]}
+    if fashion:
+        metrics = {METHODS[m]: fashion[m][1]["metrics"] for m in METHODS if m in fashion}
+        draw_curves(metrics, docs / "curves.png")
+    if len(collapse) == 3:
+        draw_curves(dict(sorted(collapse.items())), docs / "stop-gradient.png")
+    for part in (fashion, others):
+        if "simclr" not in part:
+            continue
+        encoder, saved = part["simclr"]
+        dataset, size = args.dataset or saved["args"]["dataset"], saved["args"]["images"][3]
+        data = load_dataset(dataset, args.data_dir, size)
+        if part is fashion:
+            draw_map_of(encoder, saved, "SimCLR", data, docs / "map-simclr.png")
+        else:
+            draw_neighbours_of(encoder, data, docs / "neighbours-cifar10.png")
+            draw_views_of(saved, data, docs / "views-cifar10.png")
+
+
+def main(argv=None):
+    """Draw into the folder --out."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal can show every name
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    option = parser.add_argument
+    option("--weights", nargs="+", default=[], metavar="PT", help="checkpoints")
+    option("--csv", metavar="FILE", help="what linear_eval.py --csv has written")
+    option("--dataset", help="as in training; unset: that of each checkpoint")
+    option("--data-dir", default="data", help="downloads, decoded images")
+    option("--out", help="a folder; default: pictures, or docs with --docs")
+    option("--docs", action="store_true", help="draw the pictures of docs/")
+    args = parser.parse_args(argv)
+    if not (args.weights or args.csv or args.docs):
+        parser.error("nothing to draw: pass --weights, --csv or --docs")
+    args.out = args.out or (ROOT / "docs" if args.docs else "pictures")
+    loaded = {path: load_encoder(path) for path in args.weights}
+    if args.docs:
+        draw_docs(args, loaded)
+    else:
+        draw_all(args, loaded)
+
+
+if __name__ == "__main__":
+    main()
