@@ -1,0 +1,199 @@
+"""tools/measure.py and tools/tables.py: from a list of runs to the tables on the pages."""
+
+import shutil
+
+import measure
+import pytest
+import simclr
+import tables
+import torch
+from conftest import DIFFS, METHODS, ROOT, write_images
+
+TINY = (measure.Evaluation((20, "all")),)
+TINY_RUN = measure.Run("test", "simclr --device cpu", measure.FASHION, 2, 0, TINY)
+
+
+@pytest.fixture
+def tiny_runs(monkeypatch, tmp_path, tiny):
+    """A function that measures one tiny run with more options, and returns the rows."""
+    monkeypatch.setattr(measure, "all_runs", lambda: [TINY_RUN])
+    monkeypatch.setattr(measure, "DATASETS", measure.DATASETS | {measure.FASHION: (320, 320)})
+    fixed = ["--data-dir", tiny, "--checkpoints", tmp_path, "--csv", tmp_path / "results.csv"]
+
+    def run(*options):
+        measure.main([str(option) for option in (*fixed, "--commit", "abc", *options)])
+        return measure.read(tmp_path / "results.csv")
+
+    return run
+
+
+def test_measure_goes_on_where_it_stopped(tiny_runs, tmp_path, capsys):
+    listed = tiny_runs("--list")
+    assert not listed and "test: simclr --device cpu" in capsys.readouterr().out
+    assert not tiny_runs("--minutes", "0.01")  # it would take longer: nothing is started
+
+    rows = tiny_runs()
+    kinds = [(row["kind"], row["labels"], row["draw"]) for row in rows]
+    for kind in ("raw pixels", "random init", "linear"):
+        assert sum(k == kind and labels == "20" for k, labels, _ in kinds) == 3
+        assert sum(k == kind and labels == "320" for k, labels, _ in kinds) == 1
+    assert len(set(kinds)) == len(rows) == 13  # the last is the training's own
+    [training] = [row for row in rows if row["kind"] == "training"]
+    saved = torch.load(measure.checkpoint_of(TINY_RUN, args(tmp_path)), weights_only=True)
+    last = saved["metrics"][-1]
+    assert float(training["training_knn"]) == last["knn"] and training["commit"] == "abc"
+    assert float(training["z_std"]) == last["z_std"] and training["dataset"] == ""
+    assert str(tmp_path) not in (tmp_path / "results.csv").read_text()  # no path of this machine
+
+    before = (tmp_path / "results.csv").read_text()
+    tiny_runs()
+    assert (tmp_path / "results.csv").read_text() == before
+    # Only what has no row is evaluated again, and nothing is trained.
+    (tmp_path / "results.csv").write_text("".join(before.splitlines(keepends=True)[:-1]))
+    for path in tmp_path.glob("*.linear_eval-*.csv"):
+        path.unlink()
+    capsys.readouterr()
+    assert len(tiny_runs()) == 13
+    assert "evaluated" in (out := capsys.readouterr().out) and "trained" not in out
+
+
+def args(folder):
+    """Return what `measure` needs to find a checkpoint."""
+    return measure.argparse.Namespace(checkpoints=folder)
+
+
+def test_killed_run_is_resumed(tiny_runs, tmp_path, monkeypatch, tiny, capsys):
+    out = measure.checkpoint_of(TINY_RUN, args(tmp_path))
+    options = ["--device", "cpu", "--data-dir", str(tiny), "--epochs", "2", "--out", str(out)]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("simclr.knn_accuracy", stop)  # that is in the last epoch
+        with pytest.raises(KeyboardInterrupt):
+            simclr.train(simclr.parse_args(options))
+    tiny_runs("--dry-run")
+    assert "--resume" in capsys.readouterr().out
+    tiny_runs("--only", "no such run")
+    assert len(tiny_runs()) == 13
+
+
+def test_list_of_runs_is_complete():
+    runs = list(measure.all_runs())
+    assert len({str(run) for run in runs}) == len(runs)
+    names = {run.name.split()[0] for run in runs}
+    names |= {evaluation.script for run in runs for evaluation in run.evaluations}
+    assert names == {*METHODS, *DIFFS, "linear_eval"}  # every script and every diff is measured
+
+
+def test_patch_is_what_git_apply_does(variants, tmp_path):
+    measure.write_scripts(tmp_path)
+    for path in variants.glob("*.py"):
+        assert (tmp_path / path.name).read_text() == path.read_text()
+
+
+def test_patch_refuses_what_does_not_fit():
+    diff = "@@ -1,2 +1,2 @@\n a\n-b\n+c\n"
+    assert measure.patch("a\nb\nd\n", diff) == "a\nc\nd\n"
+    with pytest.raises(SystemExit, match="does not fit line 2"):
+        measure.patch("a\nB\n", diff)
+
+
+def test_small_folders_are_nested(tmp_path):
+    for part, n in (("train", 12), ("test", 2)):
+        for name in ("cat", "dog"):
+            write_images(tmp_path / "cifar" / part / name, n)
+    found = {}
+    for n in (8, 20):
+        measure.make_folder(tmp_path / "cifar", n, 6, tmp_path / str(n))
+        data = measure.common.load_dataset(str(tmp_path / str(n)), tmp_path)
+        assert data.train_labels.tolist() == [0] * 3 + [1] * 3 + [-1] * (n - 6)
+        assert data.test_labels.tolist() == [0, 0, 1, 1]
+        found[n] = {path.rpartition("/")[2] for path in data.paths[:n]}, data.paths[:6]
+    assert len(found[8][0]) == 8 and found[8][0] < found[20][0] and found[8][1] == found[20][1]
+
+
+def test_effective_rank():
+    line = torch.tensor([[1.0, 0, 0], [2, 0, 0], [-1, 0, 0], [-3, 0, 0]])
+    assert measure.effective_rank(line) == pytest.approx(1)
+    assert measure.effective_rank(torch.cat([torch.eye(5), -torch.eye(5)])) == pytest.approx(5)
+    assert measure.effective_rank(torch.ones(4, 3)) == ""
+
+
+@pytest.mark.parametrize("name", sorted({r.name.split()[0] for r in measure.all_runs() if r.ranks}))
+def test_network_of_a_variant_is_built(name, load_variant, tmp_path):
+    module = load_variant(name) if name in DIFFS else __import__(name)
+    options = vars(module.parse_args(["--out", str(tmp_path / "x.pt")]))
+    model = measure.build(module, options | {"images": [9, 3, 32, 32]}).eval()
+    assert model.projector(model.backbone(torch.zeros(2, 3, 32, 32))).shape[0] == 2
+
+
+def rows_of_simclr(**columns):
+    """Return made-up rows: two seeds, two draws of 100 labels, all labels."""
+    base = dict.fromkeys(measure.COLUMNS, "")
+    base |= dict(script="linear_eval", backbone="convnet", dataset=tables.CIFAR, scored="test")
+    run = dict(run="simclr", trained_on=tables.CIFAR, epochs="10", kind="linear")
+    rows = [
+        base | run | dict(seed=seed, labels=labels, draw=draw, accuracy=accuracy, knn="50")
+        for seed, labels, draw, accuracy in (
+            ("0", "100", "0", "40"),
+            ("0", "100", "1", "44"),
+            ("1", "100", "0", "41"),
+            ("1", "100", "1", "47"),
+            ("0", "50000", "0", "70"),
+        )
+    ]
+    rows.append(base | dict(kind="random init", labels="50000", draw="0", accuracy="49.96"))
+    return tables.Rows(rows)
+
+
+def test_cells_of_tables():
+    text = tables.TABLES["ten-cifar10"](rows_of_simclr())
+    # Means of the seeds: 42 and 44. Their mean is 43, their deviation sqrt(2).
+    assert "| SimCLR | 43.0 ± 1.4 | - | 70.0 | 50.0 | 2 |" in text
+    assert "| random network | - | - | 50.0 | - |  |" in text
+    assert "| BYOL | - | - | - | - |  |" in text
+    # Means of the draws: 40.5 and 45.5.
+    text = tables.TABLES["pays-cifar10"](rows_of_simclr())
+    assert "| linear on SimCLR, 10 epochs | 43.0 ± 3.5 | - | 70.0 |" in text
+
+
+def test_figures_of_a_docstring():
+    rows = rows_of_simclr()
+    for row in rows:
+        row |= {name: row[name].replace(tables.CIFAR, tables.FASHION) for name in row}
+        row["labels"] = row["labels"].replace("50000", "60000")
+    text = "# 5 minutes, one CPU core\n# 91.0% (random: 88.1%)\n"
+    expected = "# 5 minutes, one CPU core\n# 70.0% (random: 50.0%)\n"
+    assert tables.fill_script(text, "simclr", rows) == expected
+    assert tables.fill_script(text, "moco", rows) == text  # not measured
+    timed = rows[0] | dict(run="simclr --device cpu", kind="training", training_seconds="100")
+    rows.append(timed)
+    assert "# 2 minutes, one CPU core" in tables.fill_script(text, "simclr", rows)
+
+
+def test_pages_show_the_file():
+    tables.main(["--check"])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "simclr.py"])
+def test_changed_digit_is_found(page, tmp_path):
+    for path in (ROOT / "README.md", *(ROOT / f"{name}.py" for name in METHODS)):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("*.png"))
+    rows = rows_of_simclr()
+    for data, n in ((tables.FASHION, "60000"), (tables.CIFAR, "1000")):
+        for row in [row for row in rows if row["labels"] == "50000"]:
+            where = dict(dataset=data, labels=n, trained_on=row["trained_on"] and data)
+            rows.append(row | where)
+    (tmp_path / "docs" / "results.csv").unlink()
+    measure.append([], rows, tmp_path / "docs" / "results.csv")
+    tables.main(["--root", str(tmp_path)])
+    tables.main(["--root", str(tmp_path), "--check"])
+
+    text = (tmp_path / page).read_text()
+    assert "70.0" in text
+    (tmp_path / page).write_text(text.replace("70.0", "70.1", 1))
+    with pytest.raises(SystemExit, match=page.rpartition("/")[2]):
+        tables.main(["--root", str(tmp_path), "--check"])

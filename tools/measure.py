@@ -1,0 +1,639 @@
+"""Train and evaluate everything that docs/results.csv has no rows of yet.
+
+    python tools/measure.py --cifar CIFAR --list    # what is missing, and about how long it takes
+    python tools/measure.py --cifar CIFAR           # two processes side by side, one thread each
+    python tools/measure.py --cifar CIFAR --only "^(ten|hundred)" --jobs 14 --minutes 8
+
+CIFAR is a folder with CIFAR-10 as JPEG files; docs/results.md says how to make it. Checkpoints and
+logs go to --checkpoints. A run whose checkpoint is there is not trained again, a killed one goes on
+after its last whole epoch, and what has rows is not evaluated again. Where there is no git, name
+the commit with --commit or in the environment as COMMIT.
+"""
+
+import argparse
+import csv
+import importlib
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms.v2.functional import normalize
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+
+# The name in results.csv: how many training images, and how many of them have labels.
+DATASETS = {
+    "Fashion-MNIST": (60_000, 60_000),
+    "CIFAR-10 (JPEG)": (50_000, 50_000),
+    "CIFAR-10 (JPEG), 20,000 images": (20_000, 1_000),
+    "CIFAR-10 (JPEG), 5,000 images": (5_000, 1_000),
+    "CIFAR-10 (JPEG), 1,000 images": (1_000, 1_000),
+    "Digits": (1_397, 1_397),
+}
+FASHION, CIFAR, *SMALL, DIGITS = DATASETS
+
+
+class Evaluation(NamedTuple):
+    """What linear_eval.py, or a diff of it, is to do."""
+
+    labels: tuple = (100, 1000, "all")
+    flags: str = ""
+    script: str = "linear_eval"
+    dataset: str = ""  # if another than the one trained on
+
+
+class Run(NamedTuple):
+    """One training, and the evaluations of it."""
+
+    group: str
+    name: str  # a script or a diff in docs/variants, and the options that are not the default
+    dataset: str
+    epochs: int
+    seed: int
+    evaluations: tuple = (Evaluation(),)
+    ranks: bool = False  # also measure how many directions z and h use
+
+    def __str__(self):
+        return f"{self.group}: {self.name}, {self.dataset}, {self.epochs} epochs, seed {self.seed}"
+
+
+def all_runs():
+    """Yield the runs, the most important first."""
+    four = "simclr", "moco", "byol", "simsiam"
+    product = itertools.product
+
+    # Ten epochs. One run for each data set brings the rows of labels only.
+    for seed, dataset, name in product(range(3), (CIFAR, FASHION), four):
+        first = seed == 0 and name == "simclr"
+        yield Run("ten", name, dataset, 10, seed, (Evaluation(flags="--baselines" * first),))
+
+    # A hundred epochs.
+    for dataset, name in product((CIFAR, FASHION), ("byol", "simclr", "moco", "simsiam")):
+        finetune = "--finetune" * (name in ("byol", "simclr"))
+        yield Run("hundred", name, dataset, 100, 0, (Evaluation(flags=finetune),))
+    for seed, name in product((1, 2), ("byol", "simclr")):
+        yield Run("hundred", name, CIFAR, 100, seed)
+
+    # Few images: 4,000 and 40,000 steps of 128, and the same 1,000 labelled images in all rows.
+    for steps, dataset, name in product((4_000, 40_000), (*SMALL, CIFAR), ("simclr", "byol")):
+        epochs = steps // 400 if dataset == CIFAR else round(steps / (DATASETS[dataset][0] // 128))
+        baselines = " --baselines" * (name == "simclr" and dataset == SMALL[0])
+        evaluation = Evaluation((100, 200, "all"), f"--finetune{baselines}", dataset=SMALL[-1])
+        yield Run("photos", name, dataset, epochs, 0, (evaluation,))
+
+    # docs/variants.md and docs/family.md.
+    ablations = (
+        "simsiam_no_stop_grad",
+        "simsiam_no_stop_grad_no_norm",
+        "simsiam_no_predictor",
+        "simsiam_frozen_predictor",
+        "simsiam_predictor_decays",
+        "simsiam_no_batchnorm",
+        "byol --tau 0.99",
+        "byol --tau 1",
+        "byol_no_predictor",
+        "byol_target_copied",
+        "byol_no_batchnorm",
+        "byol_views_alike",
+        "moco --momentum 0",
+        "moco --momentum 0.9",
+        "moco --queue-size 256",
+        "moco --queue-size 16384",
+        "moco_v1",
+        "moco_end_to_end",
+        "moco_split_batchnorm",
+        "moco_symmetric",
+        "simclr_linear_projector",
+        "simclr_no_projector",
+        "simclr --temperature 1",
+        "simclr --batch-size 512",
+        "simclr_crop_alone",
+        "simclr_colour_alone",
+        "simclr_mirror_alone",
+        "simclr_one_half",
+    )
+    relatives = (
+        "instdisc",
+        "cpc",
+        "cmc",
+        "invaspread",
+        "simclr_v2",
+        "swav",
+        "barlow_twins",
+        "vicreg",
+        "supcon",
+        "lejepa",
+        "moco_v3",
+        "dino",
+    )
+    few = Evaluation((1000, "all"))
+    other = {
+        "simclr": (few, few._replace(script="linear_eval_z")),
+        "simclr_v2": (few, few._replace(script="linear_eval_v2")),
+        "cmc": (few._replace(script="linear_eval_cmc"),),
+    }
+    for seed in range(2):
+        for name in four + ablations:
+            yield Run("variants", name, CIFAR, 10, seed, other.get(name, (few,)), ranks=True)
+        for name in relatives:
+            yield Run("family", name, CIFAR, 10, seed, other.get(name, (few,)))
+
+    for seed in range(3):
+        yield Run("digits", "simclr", DIGITS, 20, seed, (Evaluation((100, "all")),))
+    yield Run("resnet18", "byol --backbone resnet18 --batch-size 512", CIFAR, 100, 0)
+
+    # Minutes on one core. Nothing else should run beside them: --jobs 1.
+    for name, epochs in [("simclr", 1), ("simclr", 2), ("simclr", 5), *product(four, [10])]:
+        yield Run("cpu", f"{name} --device cpu", FASHION, epochs, 0, (Evaluation(("all",)),))
+
+
+COLUMNS = (
+    ("run", "trained_on", "dataset", "scored", "epochs", "seed", "kind", "labels", "draw")
+    + ("accuracy", "knn", "c", "seconds", "training_seconds", "training_knn", "z_std")
+    + ("rank_z", "rank_h", "script", "backbone", "device", "threads", "bf16", "torch", "commit")
+    + ("row", "checkpoint", "method", "options")
+)
+SHARED = ("raw pixels", "random init", "labels only")  # rows that no checkpoint takes part in
+
+
+def identity(run):
+    """Return what tells the run's rows and files from those of others."""
+    return run.name, run.dataset, str(run.epochs), str(run.seed)
+
+
+def checkpoint_of(run, args):
+    """Return the path of the run's checkpoint."""
+    return args.checkpoints / (
+        re.sub(r"[^a-z0-9._]+", "-", " ".join(identity(run)).lower()) + ".pt"
+    )
+
+
+def scores_of(run, evaluation, args):
+    """Return the path of the file that an evaluation writes."""
+    images, _ = DATASETS[evaluation.dataset or run.dataset]
+    return checkpoint_of(run, args).with_suffix(f".{evaluation.script}-{images}.csv")
+
+
+def belongs(row, run):
+    """Say whether a row of results.csv is of this run."""
+    return (row["run"], row["trained_on"], row["epochs"], row["seed"]) == identity(run)
+
+
+def cell(row):
+    """Return what tells a row from all others: it need not be measured twice."""
+    names = ["dataset", "scored", "kind", "script", "backbone", "labels", "draw"]
+    if row["kind"] not in SHARED:
+        names += ["run", "trained_on", "epochs", "seed"]
+    return tuple(row[name] for name in names)
+
+
+def read(path):
+    """Return the rows of a csv file, none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def append(rows, new, path):
+    """Add those of the `new` rows that are not there yet to `rows` and to the file."""
+    known = {cell(row) for row in rows}
+    new = [{name: str(row.get(name, "")) for name in COLUMNS} for row in new]
+    new = list({cell(row): row for row in new if cell(row) not in known}.values())
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if not file.tell():
+            writer.writeheader()
+        writer.writerows(new)
+    rows += new
+
+
+def facts(run, saved, commit):
+    """Return the columns that all rows of a run share; `saved` is its checkpoint."""
+    of_the_machine = {"dataset", "data_dir", "out", "resume", "device", "images", "mean", "std"}
+    options = {k: v for k, v in saved["args"].items() if k not in of_the_machine}
+    columns = dict(zip(("run", "trained_on", "epochs", "seed"), identity(run), strict=True))
+    columns |= dict(backbone=options["backbone"], bf16=options["bf16"], commit=commit)
+    columns |= dict(method=options["method"], checkpoint=Path(saved["args"]["out"]).name)
+    columns["training_seconds"] = round(sum(row["seconds"] for row in saved["metrics"]), 1)
+    return columns | dict(options=json.dumps(options))
+
+
+def training_row(run, saved, commit):
+    """Return a row with what the training itself printed last."""
+    device, last = saved["args"]["device"], saved["metrics"][-1]
+    row = dict(kind="training", training_knn=last.get("knn", ""), z_std=last["z_std"])
+    row["device"] = torch.cuda.get_device_name() if device == "cuda" else processor()
+    row |= dict(threads=os.environ.get("OMP_NUM_THREADS", ""), torch=torch.__version__)
+    return facts(run, saved, commit) | row
+
+
+def processor():
+    """Return the name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    return names[0] if names else "CPU"
+
+
+def evaluation_rows(run, evaluation, saved, commit, args):
+    """Return the rows that a copy of linear_eval.py has written for an evaluation so far."""
+    rows, path = [], checkpoint_of(run, args)
+    for row in read(scores_of(run, evaluation, args)):
+        if None in row.values():  # half a line: the evaluation is not over
+            continue
+        what = row["row"].removeprefix(str(path)).strip()  # nothing, or "fine-tuned"
+        if what in SHARED:
+            row |= dict(backbone=saved["args"]["backbone"], commit=commit)
+        else:
+            row |= facts(run, saved, commit) | dict(row=f"{path.name} {what}".strip())
+        dataset = evaluation.dataset or run.dataset
+        rows.append(row | dict(kind=what or "linear", dataset=dataset, script=evaluation.script))
+    return rows
+
+
+def budget(labels, dataset):
+    """Return how many labels an entry of Evaluation.labels means, and how many draws of them."""
+    return (DATASETS[dataset][1], 1) if labels == "all" else (labels, 3)
+
+
+def missing_labels(run, evaluation, rows):
+    """Return those numbers of labels of an evaluation that lack a row."""
+    dataset, flags = evaluation.dataset or run.dataset, evaluation.flags
+    kinds = ["linear"] + ["fine-tuned"] * ("--finetune" in flags)
+    kinds += ["labels only"] * ("--baselines" in flags)
+    found = [
+        (row["kind"], int(row["labels"]))
+        for row in rows
+        if row["dataset"] == dataset and row["script"] == evaluation.script
+        if row["kind"] == "labels only" or belongs(row, run)
+    ]
+    missing = []
+    for labels in evaluation.labels:
+        number, draws = budget(labels, dataset)
+        if any(found.count((kind, number)) < draws for kind in kinds):
+            missing.append(labels)
+    return missing
+
+
+def build(module, options):
+    """Return the network of a script or a diff, with random weights."""
+    kinds = [x for x in vars(module).values() if inspect.isclass(x) and issubclass(x, nn.Module)]
+    kinds = [x for x in kinds if x.__module__ == module.__name__]
+    [network] = [x for x in kinds if "backbone" in inspect.signature(x).parameters]
+    _, channels, size, _ = options["images"]
+    backbone = common.build_backbone(options["backbone"], channels, size)
+    rest = list(inspect.signature(network).parameters)[1:]  # they are named as the options
+    return network(backbone, *(options[name] for name in rest))
+
+
+def effective_rank(x):
+    """Return how many directions the rows of x (n, D) use (Roy and Vetterli 2007).
+
+    The rows are scaled to length 1 and centred. The rank is the exponential of the entropy of the
+    variances along their principal axes, as parts of a sum of 1: 1 on a line, at most D. Where all
+    rows are one point it would be that of rounding: then it is "".
+    """
+    x = F.normalize(x.double(), dim=1)
+    x = x - x.mean(dim=0)
+    if x.square().sum(dim=1).mean() < 1e-4:
+        return ""
+    parts = torch.linalg.eigvalsh(x.T @ x).clamp_min(0)
+    return math.exp(torch.special.entr(parts / parts.sum()).sum().item())
+
+
+@torch.no_grad()
+def ranks_row(run, saved, commit, args):
+    """Return a row with the ranks of z and h of 10,000 training images."""
+    sys.path.insert(0, str(args.checkpoints / "scripts"))
+    model = build(importlib.import_module(run.name.split()[0]), saved["args"])
+    sys.path.pop(0)
+    model.load_state_dict(saved["model"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).eval()
+    data = load(run.dataset, args)
+    images = data.train_images[:: max(1, len(data.train_images) // 10_000)][:10_000]
+    batches = [x.to(device) / 255 for x in images.split(500)]
+    h = [model.backbone(normalize(x, data.mean.to(device), data.std.to(device))) for x in batches]
+    z = torch.cat([model.projector(x) for x in h])
+    row = dict(kind="ranks", rank_z=effective_rank(z), rank_h=effective_rank(torch.cat(h)))
+    return facts(run, saved, commit) | row
+
+
+@cache
+def read_checkpoint(path, _changed):
+    """Return a checkpoint without its optimizer."""
+    saved = torch.load(path, "cpu", weights_only=True)
+    return {key: saved[key] for key in ("args", "metrics", "model")}
+
+
+def checkpoint(run, args):
+    """Return the run's checkpoint; None before the end of the first epoch."""
+    path = checkpoint_of(run, args)
+    if not path.exists() or not path.stat().st_size:
+        return None
+    return read_checkpoint(path, path.stat().st_mtime_ns)
+
+
+def place(dataset, args):
+    """Return what --dataset is to be."""
+    if dataset in SMALL:
+        return str(args.checkpoints / f"cifar10-{DATASETS[dataset][0]}")
+    return {FASHION: "fashion-mnist", CIFAR: str(args.cifar), DIGITS: "digits"}[dataset]
+
+
+def load(dataset, args):
+    """Load a data set; the images of a folder are decoded the first time."""
+    if dataset in SMALL and not Path(place(dataset, args)).exists():
+        make_folder(args.cifar, *DATASETS[dataset], Path(place(dataset, args)))
+    return common.load_dataset(place(dataset, args), args.data_dir)
+
+
+def make_folder(cifar, n, labelled, folder):
+    """Link n of the training images and all test images, equally many of each class.
+
+    The first `labelled` go to train/<class>, the others to unlabelled. A smaller folder's images
+    are among those of a larger one.
+    """
+    unfinished = folder.with_suffix(".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / "unlabelled").mkdir(parents=True)
+    classes = sorted(path.name for path in (cifar / "train").iterdir())
+    for name in classes:
+        for part in ("train", "test"):
+            (unfinished / part / name).mkdir(parents=True)
+        images = sorted((cifar / "train" / name).iterdir())
+        random.Random(0).shuffle(images)
+        for i, path in enumerate(images[: n // len(classes)]):
+            part = f"train/{name}" if i < labelled // len(classes) else "unlabelled"
+            (unfinished / part / f"{name}-{path.name}").symlink_to(path.resolve())
+        for path in (cifar / "test" / name).iterdir():
+            (unfinished / "test" / name / path.name).symlink_to(path.resolve())
+    unfinished.rename(folder)
+
+
+def write_scripts(folder):
+    """Copy the scripts and apply the diffs, so that the originals may be edited meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, folder)
+    for path in (ROOT / "docs" / "variants").glob("*.diff"):
+        diff = path.read_text(encoding="utf-8")
+        [source], [target] = (re.findall(rf"^copy {x} (.+)$", diff, re.M) for x in ("from", "to"))
+        text = (ROOT / source).read_text(encoding="utf-8")
+        (folder / target).write_text(patch(text, diff), encoding="utf-8")
+
+
+def patch(text, diff):
+    """Return the text after a diff that fits it to the line. (Some machines have no git.)"""
+    lines, result, at = text.splitlines(keepends=True), [], 0
+    hunks = diff.splitlines(keepends=True)
+    first = next(i for i, line in enumerate(hunks) if line.startswith("@@"))
+    for line in hunks[first:]:
+        if line.startswith("@@"):
+            start = int(re.match(r"@@ -(\d+)", line)[1]) - 1
+            result += lines[at:start]
+            at = start
+        elif line[0] == "+":
+            result.append(line[1:])
+        else:
+            if lines[at] != line[1:]:
+                sys.exit(f"a diff does not fit line {at + 1}: run tools/refresh_variants.py")
+            result += [] if line[0] == "-" else [line[1:]]
+            at += 1
+    return "".join(result + lines[at:])
+
+
+class Job(NamedTuple):
+    """A process to start for a run: its training, or one of its evaluations."""
+
+    run: Run
+    evaluation: Evaluation | None
+    command: list
+    images: float  # about how many will go forward and back through a convnet
+
+
+def jobs_of(run, rows, args):
+    """Return the jobs that a run still needs, in order."""
+    saved, out, jobs = checkpoint(run, args), checkpoint_of(run, args), []
+    wanted = [(e, missing_labels(run, e, rows)) for e in run.evaluations]
+    if described(run, rows) and not any(labels for _, labels in wanted):
+        return []
+
+    name, *options = shlex.split(run.name)
+    python = [sys.executable, "-u"]
+    place_of = ["--dataset", place(run.dataset, args), "--data-dir", str(args.data_dir)]
+    done = len(saved["metrics"]) if saved else 0
+    if done < run.epochs:
+        command = [*python, str(args.checkpoints / "scripts" / f"{name}.py"), *options, *place_of]
+        command += ["--epochs", str(run.epochs), "--seed", str(run.seed), "--out", str(out)]
+        weight = dict(byol=1.4, moco_v3=4, dino=4, resnet18=60).get(name, 1)
+        images = weight * (run.epochs - done) * DATASETS[run.dataset][0]
+        jobs.append(Job(run, None, command + ["--resume"] * out.exists(), images))
+    for evaluation, labels in wanted:
+        if not labels:
+            continue
+        command = [*python, str(args.checkpoints / "scripts" / f"{evaluation.script}.py")]
+        command += ["--weights", str(out), "--labels", *map(str, labels), *evaluation.flags.split()]
+        place_of[1] = place(evaluation.dataset or run.dataset, args)
+        command += [*place_of, "--csv", str(scores_of(run, evaluation, args))]
+        command += ["--device", "cpu"] * ("--device cpu" in run.name)
+        budgets = [budget(n, evaluation.dataset or run.dataset) for n in labels]
+        trained = sum(draws * max(3_000 * 128, 30 * n) for n, draws in budgets)
+        images = 100_000 + trained * len(evaluation.flags.split())
+        jobs.append(Job(run, evaluation, command, images))
+    return jobs
+
+
+def seconds_of(job, args):
+    """Return about how long a job takes."""
+    return 20 + job.images / args.speed
+
+
+def described(run, rows):
+    """Say whether there are rows of what the training itself measured."""
+    kinds = [row["kind"] for row in rows if belongs(row, run)]
+    return "training" in kinds and (not run.ranks or "ranks" in kinds)
+
+
+def collect(run, rows, args):
+    """Append what a trained run's evaluations have written so far, and what its checkpoint says."""
+    saved = checkpoint(run, args)
+    if not saved or len(saved["metrics"]) < run.epochs:
+        return
+    log = checkpoint_of(run, args).with_suffix(".log")
+    commit = log.read_text().split()[1] if log.exists() else args.commit  # of the training
+    new = [training_row(run, saved, commit)]
+    if run.ranks and not any(row["kind"] == "ranks" and belongs(row, run) for row in rows):
+        new.append(ranks_row(run, saved, commit, args))
+    for evaluation in run.evaluations:
+        new += evaluation_rows(run, evaluation, saved, commit, args)
+    append(rows, new, args.csv)
+
+
+def start(job, args):
+    """Start the job's process; its output goes to a log beside the checkpoint."""
+    path = checkpoint_of(job.run, args).with_suffix(".log")
+    with path.open("a") as log:
+        log.write(f"commit {args.commit} {shlex.join(job.command)}\n")
+        log.flush()
+        environment = os.environ | dict(OMP_NUM_THREADS="1")
+        return subprocess.Popen(job.command, stdout=log, stderr=log, env=environment)
+
+
+def work(runs, rows, args):
+    """Start job after job, and append rows as they come."""
+    running, failed, begun = {}, set(), time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    for run in runs:  # what a killed measurement has left
+        collect(run, rows, args)
+    try:
+        while True:
+            for process, (job, since) in list(running.items()):
+                ended = process.poll() is not None
+                if job.evaluation or ended:
+                    collect(job.run, rows, args)
+                if not ended:
+                    continue
+                del running[process]
+                what = "evaluated" if job.evaluation else "trained"
+                again = [next_job.command for next_job in jobs_of(job.run, rows, args)]
+                if process.returncode or job.command in again:  # it would go on for ever
+                    failed.add(identity(job.run))
+                    what = f"FAILED, see {checkpoint_of(job.run, args).with_suffix('.log')}:"
+                print(f"{time.monotonic() - since:6.0f} s  {what} {job.run}", flush=True)
+            busy = {identity(job.run) for job, _ in running.values()}
+            for run in runs:
+                if len(running) >= args.jobs:
+                    break
+                if identity(run) in busy | failed:
+                    continue
+                jobs = jobs_of(run, rows, args)
+                if not jobs and not described(run, rows):
+                    collect(run, rows, args)
+                end = time.monotonic() - begun + seconds_of(jobs[0], args) if jobs else math.inf
+                if end < 60 * args.minutes:
+                    running[start(jobs[0], args)] = jobs[0], time.monotonic()
+                    busy.add(identity(run))
+            if not running:
+                return
+            time.sleep(1)
+    finally:
+        for process, (job, _) in running.items():
+            process.terminate()
+            process.wait()
+            collect(job.run, rows, args)
+
+
+def pack(runs, args):
+    """Write the backbones of all finished runs to a tar file: linear_eval.py needs no more."""
+    with tarfile.open(args.pack, "w") as tar:
+        for path in sorted({checkpoint_of(run, args) for run in runs}):
+            if not path.exists():
+                continue
+            saved, buffer = torch.load(path, "cpu", weights_only=True), io.BytesIO()
+            weights = {k: v for k, v in saved["model"].items() if k.startswith("backbone.")}
+            torch.save(dict(args=saved["args"], metrics=saved["metrics"], model=weights), buffer)
+            entry = tarfile.TarInfo(path.name)
+            entry.size = buffer.tell()
+            buffer.seek(0)
+            tar.addfile(entry, buffer)
+
+
+def commit_of_git():
+    """Return the commit, with + if a script or a diff has changed since; "" without git."""
+    commands = ["git rev-parse --short=10 HEAD", "git diff HEAD --stat -- *.py docs/variants"]
+    try:
+        results = [
+            subprocess.run(x.split(), cwd=ROOT, capture_output=True, text=True) for x in commands
+        ]
+    except FileNotFoundError:
+        return ""
+    return results[0].stdout.strip() + "+" * bool(results[1].stdout)
+
+
+def parse_args(argv=None):
+    """Read the command line, or `argv`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    option, cuda = parser.add_argument, torch.cuda.is_available()
+    option("--cifar", type=Path, metavar="FOLDER", help="CIFAR-10 as JPEG files")
+    option("--data-dir", type=Path, default="data", help="as that of the scripts")
+    option("--checkpoints", type=Path, default="runs", metavar="FOLDER")
+    option("--csv", type=Path, default=ROOT / "docs" / "results.csv", help="the file of results")
+    option("--only", default="", metavar="PATTERN", help="regular expression, see --list")
+    option("--jobs", type=int, default=2, help="processes side by side")
+    option("--longest-first", action="store_true", help="if not: the most important first")
+    option("--minutes", type=float, default=math.inf, help="start nothing that would end later")
+    option("--speed", type=float, default=12_000 if cuda else 1_500, help="images/s of a process")
+    option("--commit", default=os.environ.get("COMMIT") or commit_of_git())
+    option("--list", action="store_true", help="say what is missing, and about how long it takes")
+    option("--dry-run", action="store_true", help="print the commands")
+    option("--pack", metavar="TAR", help="only write the backbones of the runs to a file")
+    args = parser.parse_args(argv)
+    for name in ("cifar", "data_dir", "checkpoints", "csv"):
+        if vars(args)[name]:
+            setattr(args, name, vars(args)[name].resolve())
+    if not args.commit:
+        parser.error("there is no git here: pass --commit")
+    return args
+
+
+def main(argv=None):
+    """Do what --help says."""
+    args = parse_args(argv)
+    args.checkpoints.mkdir(parents=True, exist_ok=True)
+    runs = [run for run in all_runs() if re.search(args.only, str(run))]
+    if torch.cuda.is_available():
+        runs = [run for run in runs if run.group != "cpu"]
+    if not args.cifar:
+        runs = [run for run in runs if run.dataset in (FASHION, DIGITS)]
+        print("without --cifar: Fashion-MNIST and the digits only")
+    if args.pack:
+        return pack(runs, args)
+    rows, total = read(args.csv), 0
+    missing = [jobs for run in runs if (jobs := jobs_of(run, rows, args))]
+    if args.list or args.dry_run:
+        trained = set()
+        for jobs in missing:
+            if not jobs[0].evaluation:  # a training counts once
+                jobs = jobs[identity(jobs[0].run) in trained :]
+                trained.add(identity(jobs[0].run))
+            seconds = sum(seconds_of(job, args) for job in jobs)
+            total += seconds
+            print(f"{seconds / 60:6.1f} min  {jobs[0].run}")
+            for job in jobs if args.dry_run else ():
+                print(f"            {shlex.join(job.command)}")
+        print(f"{total / 60:6.1f} min in all, {total / 60 / args.jobs:.0f} with --jobs {args.jobs}")
+        return
+    write_scripts(args.checkpoints / "scripts")
+    used = {jobs[0].run.dataset for jobs in missing}
+    used |= {job.evaluation.dataset for jobs in missing for job in jobs if job.evaluation}
+    for dataset in used - {""}:  # here, or each process would decode the images by itself
+        load(dataset, args)
+    if args.longest_first:
+        runs.sort(key=lambda run: -run.epochs * DATASETS[run.dataset][0])
+    work(runs, rows, args)
+
+
+if __name__ == "__main__":
+    main()
