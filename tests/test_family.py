@@ -342,20 +342,25 @@ def test_dino_center(load_variant):
 @pytest.mark.parametrize("backbone, size", [("convnet", 14), ("vit", 28)])
 @pytest.mark.parametrize("name", ["swav", "dino"])
 def test_multi_crop_views(load_variant, tiny, tmp_path, monkeypatch, name, backbone, size):
-    """Two large views and four small ones, of a twentieth to a quarter of the area."""
+    """Two large views and four small ones, of a twentieth to a quarter of the area; six scores."""
     module = load_variant(f"{name}_multi_crop")
-    seen, boxes, kind = [], [], module.SwAV if name == "swav" else module.DINO
+    shapes, boxes, kind = [], [], module.SwAV if name == "swav" else module.DINO
     forward, augment = kind.forward, module.augment
 
     def watch(x, *box, **options):
         boxes.append(box)
         return augment(x, *box, **options)
 
-    monkeypatch.setattr(kind, "forward", lambda self, *x: seen.append(x) or forward(self, *x))
+    def see(self, *views):
+        outputs = forward(self, *views)
+        scores = outputs[1].unbind(dim=1) if name == "swav" else outputs[0]
+        shapes.append([view.shape[1:] for view in views] + [len(scores)])
+        return outputs
+
+    monkeypatch.setattr(kind, "forward", see)
     monkeypatch.setattr(module, "augment", watch)
     train_here(module, tmp_path, tiny, "--backbone", backbone)
-    shapes = [[tuple(x.shape[1:]) for x in views] for views in seen]
-    assert shapes == [[(1, 28, 28)] * 2 + [(1, size, size)] * 4] * 5
+    assert shapes == [[(1, 28, 28)] * 2 + [(1, size, size)] * 4 + [6]] * 5
     assert boxes == ([()] * 2 + [(0.05, 0.25, size)] * 4) * 5
 
 
