@@ -221,7 +221,6 @@ CASES = {  # variant: its loss, the reference, what they get beside the two view
 
 
 def assert_equal(found, expected, *inputs):
-    """The values and their gradients are equal."""
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     for x, y in zip(grad(found, inputs), grad(expected, inputs), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
@@ -271,7 +270,6 @@ def test_instdisc_bank(load_variant, tiny, tmp_path, monkeypatch):
     module = load_variant("instdisc")
     model = module.InstDisc(module.build_backbone("convnet", 1, 28), 8, 30)
     before, v = model.bank.clone(), F.normalize(torch.randn(3, 8), dim=1)
-    torch.testing.assert_close(before.norm(dim=1), torch.ones(30))
     model.update_bank(v, torch.tensor([4, 20, 7]), 0.75)
     for row, i in enumerate((4, 20, 7)):
         moved = 0.75 * before[i] + 0.25 * v[row]
@@ -282,16 +280,17 @@ def test_instdisc_bank(load_variant, tiny, tmp_path, monkeypatch):
         expected = 30 * mean(math.exp(a @ b / 0.5) for a in v for b in model.bank[:5])
         assert model.z.item() == pytest.approx(expected, rel=1e-5)
 
-    looked_up, nce_loss, update = [], module.nce_loss, module.InstDisc.update_bank
+    known, moved, nce_loss, update = [], [], module.nce_loss, module.InstDisc.update_bank
 
     def watch(self, v, indices, momentum):
-        assert momentum == 0.5 and torch.equal(looked_up[-1], self.bank[indices])
+        moved.append((self.bank[indices], momentum))
         update(self, v, indices, momentum)
 
-    monkeypatch.setattr(module, "nce_loss", lambda *x: looked_up.append(x[1]) or nce_loss(*x))
+    monkeypatch.setattr(module, "nce_loss", lambda *x: known.append(x[1]) or nce_loss(*x))
     monkeypatch.setattr(module.InstDisc, "update_bank", watch)
     train_here(module, tmp_path, tiny)
-    assert len(looked_up) == 5
+    assert len(known) == 5
+    assert all(torch.equal(a, b) and m == 0.5 for a, (b, m) in zip(known, moved, strict=True))
 
 
 def test_cmc_separates_luminance_and_colour(load_variant, variants, tmp_path, monkeypatch):
@@ -328,13 +327,6 @@ def test_simclr_v2_is_evaluated_at_its_first_layer(
     x = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
     h = model.backbone(module.normalize(x / 255, saved["args"]["mean"], saved["args"]["std"]))
     torch.testing.assert_close(encoder(x), model.projector[:3](h))
-    assert encoder[-1].feature_dim == 40
-    kinds = [type(layer).__name__ for layer in model.projector]
-    assert kinds == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear"]
-
-
-def test_triplet_loss_after_a_collapse(load_variant):
-    assert load_variant("simclr_triplet").triplet_loss(torch.ones(N, D), torch.ones(N, D), 1) == 0
 
 
 def test_dino_center(load_variant):
@@ -350,20 +342,25 @@ def test_dino_center(load_variant):
 @pytest.mark.parametrize("backbone, size", [("convnet", 14), ("vit", 28)])
 @pytest.mark.parametrize("name", ["swav", "dino"])
 def test_multi_crop_views(load_variant, tiny, tmp_path, monkeypatch, name, backbone, size):
-    """Two large views and four small ones, of a twentieth to a quarter of the area."""
+    """Two large views and four small ones, of a twentieth to a quarter of the area; six scores."""
     module = load_variant(f"{name}_multi_crop")
-    seen, boxes, kind = [], [], module.SwAV if name == "swav" else module.DINO
+    shapes, boxes, kind = [], [], module.SwAV if name == "swav" else module.DINO
     forward, augment = kind.forward, module.augment
 
     def watch(x, *box, **options):
         boxes.append(box)
         return augment(x, *box, **options)
 
-    monkeypatch.setattr(kind, "forward", lambda self, *x: seen.append(x) or forward(self, *x))
+    def see(self, *views):
+        outputs = forward(self, *views)
+        scores = outputs[1].unbind(dim=1) if name == "swav" else outputs[0]
+        shapes.append([view.shape[1:] for view in views] + [len(scores)])
+        return outputs
+
+    monkeypatch.setattr(kind, "forward", see)
     monkeypatch.setattr(module, "augment", watch)
     train_here(module, tmp_path, tiny, "--backbone", backbone)
-    shapes = [[tuple(x.shape[1:]) for x in views] for views in seen]
-    assert shapes == [[(1, 28, 28)] * 2 + [(1, size, size)] * 4] * 5
+    assert shapes == [[(1, 28, 28)] * 2 + [(1, size, size)] * 4 + [6]] * 5
     assert boxes == ([()] * 2 + [(0.05, 0.25, size)] * 4) * 5
 
 
@@ -373,19 +370,8 @@ def test_multi_crop_cuts_small_boxes(load_variant):
     x = torch.stack([across, across.mT], dim=1)
     for name in ("swav_multi_crop", "dino_multi_crop"):
         boxes = load_variant(name).random_resized_crop(x, 0.05, 0.25, 16)
-        assert boxes.shape == (300, 2, 16, 16)
         area = ((boxes.amax(dim=(2, 3)) - boxes.amin(dim=(2, 3))) * 16 / 15).prod(dim=1)
         assert 0.045 < area.min() < 0.07 and 0.22 < area.max() < 0.26
-
-
-def test_moco_v3_queries_have_a_predictor(load_variant):
-    module = load_variant("moco_v3")
-    model = module.MoCoV3(module.build_backbone("convnet", 1, 28), 16, 8)
-    x1, x2 = torch.rand(2, 4, 1, 28, 28)
-    q1, _, k1, _ = model(x1, x2)
-    z1 = model.projector(model.backbone(x1))
-    torch.testing.assert_close(k1, F.normalize(z1, dim=1))  # the same at first
-    torch.testing.assert_close(q1, F.normalize(model.predictor(z1), dim=1))
 
 
 @pytest.mark.parametrize("name", ["moco_v3", "moco_v3_frozen_patches"])
@@ -400,9 +386,9 @@ def test_moco_v3_patch_projection(load_variant, tiny, tmp_path, monkeypatch, nam
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watch)
     saved = train_here(module, tmp_path, tiny)
-    (before, *_), largest = watched[0], [g.abs().max().item() for _, g in watched if g is not None]
-    ends = [saved["model"][f"{key}.conv_proj.weight"] for key in ("backbone", "key_encoder.0")]
-    frozen = name == "moco_v3_frozen_patches"
-    assert [torch.equal(before, end) for end in ends] == [frozen] * 2
-    assert len(watched) == 5 and len(largest) == (0 if frozen else 5)
+    largest = [grad.abs().max().item() for _, grad in watched if grad is not None]
     assert saved["metrics"][0].get("patch_grad", 0) == max(largest, default=0)
+    assert len(largest) == (5 if name == "moco_v3" else 0)
+    for key in ("backbone", "key_encoder.0"):
+        end = saved["model"][f"{key}.conv_proj.weight"]
+        assert torch.equal(watched[0][0], end) == (name != "moco_v3")
