@@ -83,24 +83,26 @@ def all_runs():
     four = "simclr", "moco", "byol", "simsiam"
     product = itertools.product
 
-    # Ten epochs. One run for each data set brings the rows of labels only.
     for seed, dataset, name in product(range(3), (CIFAR, FASHION), four):
-        first = seed == 0 and name == "simclr"
-        yield Run("ten", name, dataset, 10, seed, (Evaluation(flags="--baselines" * first),))
-
-    # A hundred epochs.
+        yield Run("ten", name, dataset, 10, seed)
     for dataset, name in product((CIFAR, FASHION), ("byol", "simclr", "moco", "simsiam")):
-        finetune = "--finetune" * (name in ("byol", "simclr"))
-        yield Run("hundred", name, dataset, 100, 0, (Evaluation(flags=finetune),))
+        yield Run("hundred", name, dataset, 100, 0)
     for seed, name in product((1, 2), ("byol", "simclr")):
         yield Run("hundred", name, CIFAR, 100, seed)
+
+    # Networks trained with labels: from random weights, whatever the run, and fine-tuned.
+    for dataset in (CIFAR, FASHION):
+        yield Run("labels", "simclr", dataset, 10, 0, (Evaluation(flags="--baselines"),))
+        for name in ("byol", "simclr"):
+            yield Run("labels", name, dataset, 100, 0, (Evaluation(flags="--finetune"),))
 
     # Few images: 4,000 and 40,000 steps of 128, and the same 1,000 labelled images in all rows.
     for steps, dataset, name in product((4_000, 40_000), (*SMALL, CIFAR), ("simclr", "byol")):
         epochs = steps // 400 if dataset == CIFAR else round(steps / (DATASETS[dataset][0] // 128))
+        frozen = Evaluation((100, 200, "all"), dataset=SMALL[-1])
         baselines = " --baselines" * (name == "simclr" and dataset == SMALL[0])
-        evaluation = Evaluation((100, 200, "all"), f"--finetune{baselines}", dataset=SMALL[-1])
-        yield Run("photos", name, dataset, epochs, 0, (evaluation,))
+        trained = frozen._replace(flags=f"--finetune{baselines}")
+        yield Run("photos", name, dataset, epochs, 0, (frozen, trained))
 
     # docs/variants.md and docs/family.md.
     ablations = (
@@ -192,7 +194,8 @@ def checkpoint_of(run, args):
 def scores_of(run, evaluation, args):
     """Return the path of the file that an evaluation writes."""
     images, _ = DATASETS[evaluation.dataset or run.dataset]
-    return checkpoint_of(run, args).with_suffix(f".{evaluation.script}-{images}.csv")
+    flags = evaluation.flags.replace(" --", "-").lstrip("-")
+    return checkpoint_of(run, args).with_suffix(f".{evaluation.script}-{images}-{flags}.csv")
 
 
 def belongs(row, run):
@@ -280,8 +283,8 @@ def budget(labels, dataset):
 def missing_labels(run, evaluation, rows):
     """Return those numbers of labels of an evaluation that lack a row."""
     dataset, flags = evaluation.dataset or run.dataset, evaluation.flags
-    kinds = ["linear"] + ["fine-tuned"] * ("--finetune" in flags)
-    kinds += ["labels only"] * ("--baselines" in flags)
+    kinds = ["fine-tuned"] * ("--finetune" in flags) + ["labels only"] * ("--baselines" in flags)
+    kinds = kinds or ["linear"]
     found = [
         (row["kind"], int(row["labels"]))
         for row in rows
@@ -447,7 +450,9 @@ def jobs_of(run, rows, args):
     if done < run.epochs:
         command = [*python, str(args.checkpoints / "scripts" / f"{name}.py"), *options, *place_of]
         command += ["--epochs", str(run.epochs), "--seed", str(run.seed), "--out", str(out)]
-        weight = dict(byol=1.4, moco_v3=4, dino=4, resnet18=60).get(name, 1)
+        weight = dict(byol=1.4, moco_v3=4, dino=4).get(name, 1)
+        if "resnet18" in options:
+            weight *= 1 if torch.cuda.is_available() else 60
         images = weight * (run.epochs - done) * DATASETS[run.dataset][0]
         jobs.append(Job(run, None, command + ["--resume"] * out.exists(), images))
     for evaluation, labels in wanted:
@@ -460,7 +465,7 @@ def jobs_of(run, rows, args):
         command += ["--device", "cpu"] * ("--device cpu" in run.name)
         budgets = [budget(n, evaluation.dataset or run.dataset) for n in labels]
         trained = sum(draws * max(3_000 * 128, 30 * n) for n, draws in budgets)
-        images = 100_000 + trained * len(evaluation.flags.split())
+        images = 100_000 + trained * len(evaluation.flags.split()) / 2  # one view, not two
         jobs.append(Job(run, evaluation, command, images))
     return jobs
 
