@@ -1,20 +1,21 @@
 """BYOL: Bootstrap Your Own Latent (Grill et al. 2020, arXiv 2006.07733).
 
-Two networks see two random views of an image. The online network learns to predict what the target
-network makes of the other view. The target is not trained: it is a running average of the online
-network. Mapping all images to one point would be perfect. Two things keep training away from it,
-and why is not settled: only the online network has a predictor, and the target gets no gradient.
+Two networks see two random views of an image, cropped and recoloured. The online network learns to
+predict what the target network makes of the other view. The target, a running average of the online
+network, is not trained. Mapping all images to one point, a collapse, would give a loss of 0. What
+keeps training away from it is that only the online network has a predictor, and that no gradient
+flows into the target. Why this suffices is not settled.
 
-    python byol.py --epochs 10                # 7 minutes, one CPU core
-    python linear_eval.py --weights byol.pt   # 91.1% (random: 88.1%)
+    python byol.py --epochs 10                # Fashion-MNIST, 7 minutes, one CPU core
+    python linear_eval.py --weights byol.pt   # 91.1% (random network: 88.1%)
 
 N images in a batch, D dimensions of an embedding. x is a view, h = backbone(x) its features,
 z = projector(h), p = predictor(z), and t = target(x) is the target network's z.
 
-Unlike the paper: SGD with weight decay 5e-4 on all weights, not LARS, which is for large batches;
-smaller heads; tau from 0.95, as runs are short; crops from 0.3 of the area and no blur, as images
-are small; colours changed in a fixed order, hue by rotating RGB. In the authors' code the target
-starts with other weights, last layers have no bias, brightness is added, contrast is by channel.
+Unlike the paper: a small convnet, not ResNet-50; batches of 128, not 4,096, so SGD, not LARS, with
+weight decay 5e-4 on all weights, not 1.5e-6; smaller heads; tau from 0.95, as runs are short; crops
+from 0.3 of the area, not 0.08; no blur; jitter in a fixed order, hue by rotating RGB. Their code
+starts the target apart, has no bias in last layers, adds brightness, takes contrast by channel.
 """
 
 import argparse
@@ -74,7 +75,7 @@ class BYOL(nn.Module):
 
 
 def regression_loss(p, t):
-    """Return the mean squared distance of p and t (N, D), scaled to length 1: 0 to 4 (Eq. 2)."""
+    """Return the mean |p - t|^2 = 2 - 2 cos(p, t) of rows (N, D) of length 1: 0 to 4 (Eq. 2)."""
     return (2 - 2 * F.cosine_similarity(p, t, dim=1)).mean()
 
 
@@ -110,14 +111,14 @@ def train(args):
         sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
 
         for step, batch in enumerate(bar):
-            done = (epoch + (step + 0.5) / steps) / args.epochs  # of the run: 0 to 1
-            rise = min(1, 10 * done)  # in a line for a tenth of the run; then the rate
-            fall = (1 + math.cos(math.pi * max(0, done - 0.1) / 0.9)) / 2  # follows half a cosine
+            done = (epoch + (step + 0.5) / steps) / args.epochs  # of the run: 0 to 1, at mid-step
+            rise = min(1, 10 * done)  # warm-up: linear, for the first tenth of the run
+            fall = (1 + math.cos(math.pi * max(0, done - 0.1) / 0.9)) / 2  # then half a cosine
             optimizer.param_groups[0]["lr"] = peak_lr * rise * fall
 
             x = images[batch.chunk(world)[rank]] / 255  # (N, C, H, W)
             x1 = normalize(augment(x), data.mean, data.std)
-            x2 = normalize(augment(x, solarize=0.2), data.mean, data.std)  # (appendix B)
+            x2 = normalize(augment(x, solarize=0.2), data.mean, data.std)  # appendix B
             with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
                 p1, p2, t1, t2 = replica(x1, x2)
             loss = regression_loss(p1, t2) + regression_loss(p2, t1)  # both ways
@@ -149,15 +150,15 @@ def augment(x, solarize=0.0):
     x = torch.where(uniform(0, 1) < 0.5, x.flip(3), x)  # half are mirrored
     y = (x * uniform(0.6, 1.4)).clamp_(0, 1)  # brightness
     grey = rgb_to_grayscale(y).mean(dim=(1, 2, 3), keepdim=True)
-    y = torch.lerp(grey, y, uniform(0.6, 1.4)).clamp_(0, 1)  # contrast: away from the mean grey
+    y = torch.lerp(grey, y, uniform(0.6, 1.4)).clamp_(0, 1)  # contrast
     if x.shape[1] == 3:
         y = torch.lerp(rgb_to_grayscale(y), y, uniform(0.8, 1.2)).clamp_(0, 1)  # saturation
         grey, turn = y.mean(dim=1, keepdim=True), 2 * math.pi * uniform(-0.1, 0.1)
-        across = (y.roll(1, dims=1) - y.roll(2, dims=1)) / math.sqrt(3)
+        across = (y.roll(1, dims=1) - y.roll(2, dims=1)) / math.sqrt(3)  # y - grey, by 90 degrees
         y = (grey + turn.cos() * (y - grey) + turn.sin() * across).clamp_(0, 1)  # hue: turns RGB
     x = torch.where(uniform(0, 1) < 0.8, y, x)  # one in five keeps its colours
     x = torch.where(uniform(0, 1) < 0.2, rgb_to_grayscale(x), x)  # one in five is grey
-    return torch.where((uniform(0, 1) < solarize) & (x >= 0.5), 1 - x, x)
+    return torch.where((uniform(0, 1) < solarize) & (x >= 0.5), 1 - x, x)  # bright is inverted
 
 
 def random_resized_crop(x, smallest):
@@ -174,15 +175,15 @@ def random_resized_crop(x, smallest):
 
 
 def spread(z):
-    """Return z_std of z (N, D): 0 for equal rows, about 1 for random ones (times sqrt(D))."""
+    """Return z_std of z (N, D): 0 after a collapse, about 1 for random directions."""
     return F.normalize(z.detach(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 
 @torch.no_grad()
 def knn_accuracy(backbone, data, k=20):
-    """Return in percent how often the k nearest of other training images vote for the class."""
+    """Return the percentage of images whose k nearest others vote for the right class."""
     known = (data.train_labels >= 0).nonzero().flatten()
-    known = known[:: math.ceil(len(known) / 10_000)]
+    known = known[:: math.ceil(len(known) / 10_000)]  # at most 10,000, as all are compared
     images, labels = data.train_images[known], data.train_labels[known]
     backbone.eval()  # BatchNorm uses its running statistics
     h = [backbone(normalize(x / 255, data.mean, data.std)) for x in images.split(500)]

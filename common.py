@@ -258,10 +258,11 @@ def read_images(folder, names, data_dir, image_size):
     key = hashlib.sha256(os.fsencode(folder))
     for name in names:
         key.update(os.fsencode(name))
-        with suppress(OSError), open(folder / name, "rb", buffering=0) as file:
+        with suppress(OSError), open(f"{folder}/{name}", "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             file.seek(status.st_size // 2)  # many files begin alike
-            key.update(repr((status.st_size, status.st_mtime_ns, file.read(256))).encode())
+            key.update(repr((status.st_size, status.st_mtime_ns)).encode())
+            key.update(file.read(1024))
     cache = data_dir / f"{folder.name}-{image_size}-{key.hexdigest()[:16]}.uint8"
     size = len(names) * 3 * image_size**2
     if not cache.is_file() or cache.stat().st_size != size:

@@ -1,17 +1,17 @@
 """MoCo v2: Momentum Contrast (He et al. 2019, Chen et al. 2020, arXiv 1911.05722, 2003.04297).
 
-A query, made from one view of an image, must find its key, made from the other view, among
-thousands of negatives: keys of other images, which a queue keeps. If all keys were alike, it could
-not. The key encoder is a slow average of the query encoder, so old keys stay comparable.
+A query, made from one random view of an image (cropped, recoloured), must find its key, made from
+the other view, among thousands of negatives: keys of other images, which a queue keeps. If all were
+alike, a collapse, it could not. The key encoder changes slowly, so old keys stay comparable.
 
-    python moco.py --epochs 10                # 4 minutes, one CPU core
-    python linear_eval.py --weights moco.pt   # 91.1% (random: 88.1%)
+    python moco.py --epochs 10                # Fashion-MNIST, 4 minutes, one CPU core
+    python linear_eval.py --weights moco.pt   # 91.1% (random network: 88.1%)
 
 N images in a batch, D dimensions, K keys in the queue, q a query, k its key.
 
-Unlike the papers: a rate of 0.3 per 256 images (theirs: 0.03), with a warm-up; weight decay 5e-4,
-not 1e-4; K, temperature and momentum (see --help); a smaller head; no blur; no shuffled BatchNorm;
-colours changed in a fixed order, hue by rotating RGB.
+Unlike the papers: a small convnet, not ResNet-50; batches of 128, not 256; a rate of 0.3 per 256
+images, not 0.03, with a warm-up; weight decay 5e-4, not 1e-4; K, temperature, momentum (--help); a
+smaller head; no blur; no shuffling for BatchNorm; jitter in a fixed order, hue by rotating RGB.
 """
 
 import argparse
@@ -34,13 +34,13 @@ from common import add_options, build_backbone, load_dataset
 
 
 class MoCo(nn.Module):
-    """A query encoder, its running average the key encoder, and a queue (K, D), random at first."""
+    """A query encoder, a key encoder, its running average, and a queue of keys (K, D)."""
 
     def __init__(self, backbone, hidden_dim, projection_dim, queue_size):
         super().__init__()
         self.backbone = backbone
         self.projector = nn.Sequential(
-            nn.Linear(backbone.feature_dim, hidden_dim),
+            nn.Linear(backbone.feature_dim, hidden_dim),  # no BatchNorm, as the authors
             nn.ReLU(inplace=True),
             nn.Linear(hidden_dim, projection_dim),
         )
@@ -50,7 +50,7 @@ class MoCo(nn.Module):
         self.register_buffer("pointer", torch.tensor(0))  # the row of the oldest key
 
     def forward(self, x1, x2):
-        """Return queries q of x1 and keys k of x2 (N, D), for two views (N, C, H, W)."""
+        """Return queries q of x1 and keys k of x2 (N, D), two views (N, C, H, W), in float32."""
         q = self.projector(self.backbone(x1))
         with torch.no_grad():  # stop-gradient: only the query encoder learns
             k = self.key_encoder(x2)
@@ -65,7 +65,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys):
-        """Write keys (N, D) over the oldest of the queue (K, D), from the pointer on and around."""
+        """Overwrite the oldest rows of the queue (K, D) with keys (N, D), around its end."""
         if dist.is_initialized():  # those of all processes
             parts = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, keys)
@@ -79,11 +79,11 @@ class MoCo(nn.Module):
 def info_nce(q, k, queue, temperature):
     """Return the cross-entropy of query q picking key k out of k and the queue (Eq. 1).
 
-    q, k: (N, D), queue: (K, D), rows of length 1. After a collapse: log(K + 1).
+    q, k: (N, D), queue: (K, D), rows of length 1. If all are equal, a collapse: log(K + 1).
     """
     positive = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
     logits = torch.cat([positive, q @ queue.T], dim=1) / temperature  # (N, 1 + K)
-    return -logits.log_softmax(dim=1)[:, 0].mean()  # key k is in column 0
+    return F.cross_entropy(logits, logits.new_zeros(len(q), dtype=torch.long))  # k: column 0
 
 
 def train(args):
@@ -118,9 +118,9 @@ def train(args):
         sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
 
         for step, batch in enumerate(bar):
-            done = (epoch + (step + 0.5) / steps) / args.epochs  # of the run: 0 to 1
-            rise = min(1, 10 * done)  # in a line for a tenth of the run; then the rate
-            fall = (1 + math.cos(math.pi * max(0, done - 0.1) / 0.9)) / 2  # follows half a cosine
+            done = (epoch + (step + 0.5) / steps) / args.epochs  # of the run: 0 to 1, at mid-step
+            rise = min(1, 10 * done)  # warm-up: linear, for the first tenth of the run
+            fall = (1 + math.cos(math.pi * max(0, done - 0.1) / 0.9)) / 2  # then half a cosine
             optimizer.param_groups[0]["lr"] = peak_lr * rise * fall
 
             x = images[batch.chunk(world)[rank]] / 255  # (N, C, H, W)
@@ -158,11 +158,11 @@ def augment(x):
     x = torch.where(uniform(0, 1) < 0.5, x.flip(3), x)  # half are mirrored
     y = (x * uniform(0.6, 1.4)).clamp_(0, 1)  # brightness
     grey = rgb_to_grayscale(y).mean(dim=(1, 2, 3), keepdim=True)
-    y = torch.lerp(grey, y, uniform(0.6, 1.4)).clamp_(0, 1)  # contrast: away from the mean grey
+    y = torch.lerp(grey, y, uniform(0.6, 1.4)).clamp_(0, 1)  # contrast
     if x.shape[1] == 3:
         y = torch.lerp(rgb_to_grayscale(y), y, uniform(0.6, 1.4)).clamp_(0, 1)  # saturation
         grey, turn = y.mean(dim=1, keepdim=True), 2 * math.pi * uniform(-0.1, 0.1)
-        across = (y.roll(1, dims=1) - y.roll(2, dims=1)) / math.sqrt(3)
+        across = (y.roll(1, dims=1) - y.roll(2, dims=1)) / math.sqrt(3)  # y - grey, by 90 degrees
         y = (grey + turn.cos() * (y - grey) + turn.sin() * across).clamp_(0, 1)  # hue: turns RGB
     x = torch.where(uniform(0, 1) < 0.8, y, x)  # one in five keeps its colours
     return torch.where(uniform(0, 1) < 0.2, rgb_to_grayscale(x), x)  # one in five is grey
@@ -182,15 +182,15 @@ def random_resized_crop(x, smallest):
 
 
 def spread(z):
-    """Return z_std of z (N, D): 0 for equal rows, about 1 for random ones (times sqrt(D))."""
+    """Return z_std of z (N, D): 0 after a collapse, about 1 for random directions."""
     return F.normalize(z.detach(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 
 @torch.no_grad()
 def knn_accuracy(backbone, data, k=20):
-    """Return in percent how often the k nearest of other training images vote for the class."""
+    """Return the percentage of images whose k nearest others vote for the right class."""
     known = (data.train_labels >= 0).nonzero().flatten()
-    known = known[:: math.ceil(len(known) / 10_000)]
+    known = known[:: math.ceil(len(known) / 10_000)]  # at most 10,000, as all are compared
     images, labels = data.train_images[known], data.train_labels[known]
     backbone.eval()  # BatchNorm uses its running statistics
     h = [backbone(normalize(x / 255, data.mean, data.std)) for x in images.split(500)]

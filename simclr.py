@@ -7,17 +7,17 @@ rest, the negatives, show other images. So the two views of an image get similar
 different images get different ones. The views differ in crop and colour, so what they have in
 common is what the image shows.
 
-    python simclr.py --epochs 10                # 5 minutes, one CPU core
-    python linear_eval.py --weights simclr.pt   # 91.0% (random: 88.1%)
+    python simclr.py --epochs 10                # Fashion-MNIST, 5 minutes, one CPU core
+    python linear_eval.py --weights simclr.pt   # 91.0% (random network: 88.1%)
 
 N images in a batch, D dimensions of an embedding. x is a view, h = backbone(x) its features and
 z = projector(h) its embedding. linear_eval.py evaluates h: z drops more of what differs between
 views, such as colour.
 
-Unlike the paper: SGD with weight decay 5e-4 on all weights, not LARS, which is for batches of
-thousands; a smaller head, without the authors' last BatchNorm (with it: no better here); crops
-from 0.2 of the area, not 0.08; colours at half strength and no blur, as on their CIFAR-10;
-temperature 0.2; colours changed in a fixed order, hue by rotating RGB.
+Unlike the paper: a small convnet, not ResNet-50; batches of 128, not 4,096, so SGD, not LARS, with
+weight decay 5e-4 on all weights, not 1e-6; a smaller head, without the authors' last BatchNorm;
+crops from 0.2 of the area, not 0.08; jitter at half strength and no blur, as on their CIFAR-10,
+contrast about the mean grey, not by channel, all in a fixed order, and hue by rotating RGB.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def nt_xent(z1, z2, temperature):
     """Return the cross-entropy of finding a view's partner among the 2N - 1 other views (Eq. 1).
 
     z1, z2: (N, D), row i of both from image i. The lower the temperature, the more the most similar
-    negatives weigh. After a collapse: log(2N - 1).
+    negatives weigh. If all embeddings are equal, a collapse: log(2N - 1).
     """
     z = F.normalize(torch.cat([z1, z2]), dim=1)  # (2N, D)
     logits = z @ z.T / temperature  # (2N, 2N)
@@ -112,9 +112,9 @@ def train(args):
         sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
 
         for step, batch in enumerate(bar):
-            done = (epoch + (step + 0.5) / steps) / args.epochs  # of the run: 0 to 1
-            rise = min(1, 10 * done)  # in a line for a tenth of the run; then the rate
-            fall = (1 + math.cos(math.pi * max(0, done - 0.1) / 0.9)) / 2  # follows half a cosine
+            done = (epoch + (step + 0.5) / steps) / args.epochs  # of the run: 0 to 1, at mid-step
+            rise = min(1, 10 * done)  # warm-up: linear, for the first tenth of the run
+            fall = (1 + math.cos(math.pi * max(0, done - 0.1) / 0.9)) / 2  # then half a cosine
             optimizer.param_groups[0]["lr"] = peak_lr * rise * fall
 
             x = images[batch.chunk(world)[rank]] / 255  # (N, C, H, W)
@@ -130,7 +130,7 @@ def train(args):
 
             sums += torch.stack([loss.detach(), spread(z1)])  # no .item(): it waits for the GPU
 
-        loss, z_std = (sums / steps).tolist()  # of this process's images
+        loss, z_std = (sums / steps).tolist()  # z_std: of this process's images
         row = dict(epoch=epoch + 1, loss=loss, z_std=z_std, seconds=time.perf_counter() - begun)
         metrics.append(row)
         if rank == 0:
@@ -150,11 +150,11 @@ def augment(x):
     x = torch.where(uniform(0, 1) < 0.5, x.flip(3), x)  # half are mirrored
     y = (x * uniform(0.6, 1.4)).clamp_(0, 1)  # brightness
     grey = rgb_to_grayscale(y).mean(dim=(1, 2, 3), keepdim=True)
-    y = torch.lerp(grey, y, uniform(0.6, 1.4)).clamp_(0, 1)  # contrast: away from the mean grey
+    y = torch.lerp(grey, y, uniform(0.6, 1.4)).clamp_(0, 1)  # contrast
     if x.shape[1] == 3:
         y = torch.lerp(rgb_to_grayscale(y), y, uniform(0.6, 1.4)).clamp_(0, 1)  # saturation
         grey, turn = y.mean(dim=1, keepdim=True), 2 * math.pi * uniform(-0.1, 0.1)
-        across = (y.roll(1, dims=1) - y.roll(2, dims=1)) / math.sqrt(3)
+        across = (y.roll(1, dims=1) - y.roll(2, dims=1)) / math.sqrt(3)  # y - grey, by 90 degrees
         y = (grey + turn.cos() * (y - grey) + turn.sin() * across).clamp_(0, 1)  # hue: turns RGB
     x = torch.where(uniform(0, 1) < 0.8, y, x)  # one in five keeps its colours
     return torch.where(uniform(0, 1) < 0.2, rgb_to_grayscale(x), x)  # one in five is grey
@@ -174,15 +174,15 @@ def random_resized_crop(x, smallest):
 
 
 def spread(z):
-    """Return z_std of z (N, D): 0 for equal rows, about 1 for random ones (times sqrt(D))."""
+    """Return z_std of z (N, D): 0 after a collapse, about 1 for random directions."""
     return F.normalize(z.detach(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 
 @torch.no_grad()
 def knn_accuracy(backbone, data, k=20):
-    """Return in percent how often the k nearest of other training images vote for the class."""
+    """Return the percentage of images whose k nearest others vote for the right class."""
     known = (data.train_labels >= 0).nonzero().flatten()
-    known = known[:: math.ceil(len(known) / 10_000)]
+    known = known[:: math.ceil(len(known) / 10_000)]  # at most 10,000, as all are compared
     images, labels = data.train_images[known], data.train_labels[known]
     backbone.eval()  # BatchNorm uses its running statistics
     h = [backbone(normalize(x / 255, data.mean, data.std)) for x in images.split(500)]
@@ -251,7 +251,7 @@ def parse_args(argv=None):
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     option("--hidden-dim", type=int, default=512, help="of the projector; paper: 2048")
     option("--projection-dim", type=int, default=128, help="D")
-    option("--temperature", type=float, default=0.2, help="paper: 0.1; on CIFAR-10 0.5")
+    option("--temperature", type=float, default=0.2, help="paper: 0.1, on CIFAR-10 0.5")
     option("--lr", type=float, default=0.25, help="peak rate per 256 images; paper: 0.3")
     option("--epochs", type=int, default=100, help="to train")
     option("--batch-size", type=int, default=128, help="of all processes")
@@ -263,7 +263,7 @@ def parse_args(argv=None):
     option("--resume", action="store_true", help="go on with the run in --out")
     args = parser.parse_args(argv, argparse.Namespace(method=Path(__file__).stem))
     if min(args.hidden_dim, args.projection_dim, args.temperature, args.lr, args.epochs) <= 0:
-        parser.error("dimensions, --temperature, --lr and --epochs must be above 0")
+        parser.error("sizes, --temperature, --lr and --epochs must be above 0")
     return args
 
 

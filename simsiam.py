@@ -1,20 +1,21 @@
 """SimSiam: Exploring Simple Siamese Representation Learning (Chen and He 2020, arXiv 2011.10566).
 
-One network sees two random views of an image. From its embedding of one, a predictor predicts its
-embedding of the other, and no gradient flows into what is predicted. There are no negatives, no
-queue and no averaged network. If all embeddings were equal, the prediction would be perfect;
-predictor and stop-gradient keep training away from that. Why they do is not settled: section 5 of
-the paper sees two steps in turn, as in k-means. One fixes what is predicted, the other fits to it.
+One network sees two random views of an image, cropped and recoloured. From its embedding of one, a
+predictor predicts its embedding of the other, and no gradient flows into what is predicted. There
+are no negatives, no queue and no averaged network. If all embeddings were equal, a collapse, the
+prediction would be perfect; predictor and stop-gradient keep training away from that. Why they do
+is not settled: section 5 of the paper sees two steps in turn, as in k-means. One fixes what is
+predicted, the other fits the prediction to it.
 
-    python simsiam.py --epochs 10                # 6 minutes, one CPU core
-    python linear_eval.py --weights simsiam.pt   # 90.8% (random: 88.1%)
+    python simsiam.py --epochs 10                # Fashion-MNIST, 6 minutes, one CPU core
+    python linear_eval.py --weights simsiam.pt   # 90.8% (random network: 88.1%)
 
 N images in a batch, D dimensions of an embedding. x is a view, h = backbone(x) its features,
 z = projector(h), p = predictor(z). (The paper calls projector and backbone f, the predictor h.)
 
-Unlike the paper: a rate of 0.4 per 256 images (theirs: 0.05, on CIFAR-10 0.03), with a warm-up;
-smaller heads; two layers in the projector, weight decay 5e-4 and no blur, as in its CIFAR-10 runs;
-crops from 0.3 of the area, not 0.2; colours changed in a fixed order, hue by rotating RGB.
+Unlike the paper: a small convnet, not ResNet-50; batches of 128, not 512; a rate of 0.4 per 256
+images, not 0.05, with a warm-up; smaller heads; two layers in the projector, weight decay 5e-4, no
+blur, as on its CIFAR-10; crops from 0.3, not 0.2; jitter in a fixed order, hue by rotating RGB.
 """
 
 import argparse
@@ -102,9 +103,9 @@ def train(args):
         sums, begun = torch.zeros(2, device=args.device), time.perf_counter()
 
         for step, batch in enumerate(bar):
-            done = (epoch + (step + 0.5) / steps) / args.epochs  # of the run: 0 to 1
-            rise = min(1, 10 * done)  # in a line for a tenth of the run; then the rate
-            fall = (1 + math.cos(math.pi * max(0, done - 0.1) / 0.9)) / 2  # follows half a cosine
+            done = (epoch + (step + 0.5) / steps) / args.epochs  # of the run: 0 to 1, at mid-step
+            rise = min(1, 10 * done)  # warm-up: linear, for the first tenth of the run
+            fall = (1 + math.cos(math.pi * max(0, done - 0.1) / 0.9)) / 2  # then half a cosine
             optimizer.param_groups[0]["lr"] = peak_lr * rise * fall
             optimizer.param_groups[1]["lr"] = peak_lr * rise  # predictor: keeps up with z (4.2)
 
@@ -141,11 +142,11 @@ def augment(x):
     x = torch.where(uniform(0, 1) < 0.5, x.flip(3), x)  # half are mirrored
     y = (x * uniform(0.6, 1.4)).clamp_(0, 1)  # brightness
     grey = rgb_to_grayscale(y).mean(dim=(1, 2, 3), keepdim=True)
-    y = torch.lerp(grey, y, uniform(0.6, 1.4)).clamp_(0, 1)  # contrast: away from the mean grey
+    y = torch.lerp(grey, y, uniform(0.6, 1.4)).clamp_(0, 1)  # contrast
     if x.shape[1] == 3:
         y = torch.lerp(rgb_to_grayscale(y), y, uniform(0.6, 1.4)).clamp_(0, 1)  # saturation
         grey, turn = y.mean(dim=1, keepdim=True), 2 * math.pi * uniform(-0.1, 0.1)
-        across = (y.roll(1, dims=1) - y.roll(2, dims=1)) / math.sqrt(3)
+        across = (y.roll(1, dims=1) - y.roll(2, dims=1)) / math.sqrt(3)  # y - grey, by 90 degrees
         y = (grey + turn.cos() * (y - grey) + turn.sin() * across).clamp_(0, 1)  # hue: turns RGB
     x = torch.where(uniform(0, 1) < 0.8, y, x)  # one in five keeps its colours
     return torch.where(uniform(0, 1) < 0.2, rgb_to_grayscale(x), x)  # one in five is grey
@@ -165,15 +166,15 @@ def random_resized_crop(x, smallest):
 
 
 def spread(z):
-    """Return z_std of z (N, D): 0 for equal rows, about 1 for random ones (times sqrt(D))."""
+    """Return z_std of z (N, D): 0 after a collapse, about 1 for random directions."""
     return F.normalize(z.detach(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 
 @torch.no_grad()
 def knn_accuracy(backbone, data, k=20):
-    """Return in percent how often the k nearest of other training images vote for the class."""
+    """Return the percentage of images whose k nearest others vote for the right class."""
     known = (data.train_labels >= 0).nonzero().flatten()
-    known = known[:: math.ceil(len(known) / 10_000)]
+    known = known[:: math.ceil(len(known) / 10_000)]  # at most 10,000, as all are compared
     images, labels = data.train_images[known], data.train_labels[known]
     backbone.eval()  # BatchNorm uses its running statistics
     h = [backbone(normalize(x / 255, data.mean, data.std)) for x in images.split(500)]

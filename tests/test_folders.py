@@ -147,8 +147,9 @@ def test_odd_images_load_as_what_they_show(photos, kind):
     assert pixels[:, :, 2:8].mean() < 12 and pixels[:, :, 12:18].mean() > 243
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photos_are_turned_upright(photos, orientation):
+def test_photos_are_turned_upright(photos, orientation, suffix):
     """Their EXIF holds a negative resolution, which Pillow reads but cannot write back."""
     pixels = torch.zeros(32, 32, 3, dtype=torch.uint8)
     pixels[:16, :16, 0] = pixels[:16, 16:, 1] = pixels[16:, :16, 2] = 255
@@ -164,11 +165,10 @@ def test_photos_are_turned_upright(photos, orientation):
     }[orientation]
     entries = struct.pack("<HHHIIHHII", 2, 0x112, 3, 1, orientation, 0x11A, 10, 1, 38)
     exif = b"Exif\0\0II*\0\x08\0\0\0" + entries + bytes(4) + struct.pack("<ii", -72, 0)
-    Image.fromarray(stored.contiguous().numpy()).save(
-        photos / "0.jpg", exif=exif, quality=100, subsampling=0
-    )
+    image, path = Image.fromarray(stored.contiguous().numpy()), photos / f"0.{suffix}"
+    image.save(path, exif=exif, quality=100)
     difference = first_pixels(photos).float() - pixels.permute(2, 0, 1)
-    assert difference.abs().mean() < 3
+    assert difference.abs().mean() < 12  # turned wrongly: above 40
 
 
 def png(bits, colour_type, row, key):
@@ -185,7 +185,7 @@ def png(bits, colour_type, row, key):
     return b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("form", ["RGBA", "LA", "PA", "palette", "L key", "RGB key", "16-bit key"])
+@pytest.mark.parametrize("form", ["RGBA", "LA", "palette", "L key", "RGB key", "16-bit key"])
 @pytest.mark.parametrize("hidden", [(0, 0, 0), (255, 0, 0), (1, 2, 3)])
 def test_transparent_is_white(photos, form, hidden):
     """The left half is transparent, whatever colour is hidden there, and the right half black."""
@@ -199,8 +199,6 @@ def test_transparent_is_white(photos, form, hidden):
         path.write_bytes(png(8, 2, bytes([70, 1, 2] * 16 + [0] * 48), bytes([0, 70, 0, 1, 0, 2])))
     elif form == "16-bit key":  # what differs from the key in the lower 8 bits only is opaque
         path.write_bytes(png(16, 0, bytes([0, 70] * 16 + [0, 71] * 16), bytes([0, 70])))
-    elif form == "PA":
-        image.convert("PA").save(path.with_suffix(".tiff"))
     else:
         image.convert(form).save(path)
     pixels = first_pixels(photos)
@@ -213,14 +211,14 @@ def test_half_transparent_is_half_white(photos):
 
 
 @pytest.mark.parametrize("mode, dtype", [("I;16", "<u2"), ("I;16B", ">u2"), ("I", "<i4")])
-@pytest.mark.parametrize("factor", [64, 1])
+@pytest.mark.parametrize("factor", [64, 5, 3])
 def test_of_16_bits_the_upper_8_count(photos, capsys, mode, dtype, factor):
     """One rule for all images, however dark: a few grey levels are left, and that is said."""
     values = (factor * GREY).astype(dtype)
     Image.frombytes(mode, (32, 32), values.tobytes()).save(photos / "0.tif")
     assert torch.equal(first_pixels(photos)[0], torch.from_numpy(factor * GREY // 256).byte())
     warned = "1 images have fewer than 16 grey levels, like" in capsys.readouterr().out
-    assert warned == (factor == 1)
+    assert warned == (factor == 3)
 
 
 def test_all_that_cannot_be_decoded_is_said_at_once(photos, monkeypatch):
@@ -280,7 +278,7 @@ def test_images_are_decoded_once(photos, monkeypatch):
     assert pixels(8).shape == (6, 3, 8, 8) and len(decoded) == 6  # another size
     write_image(photos / "0.png", torch.full((3, 20, 20), 77, dtype=torch.uint8))
     assert pixels()[0, :, 8, 8].tolist() == [77] * 3 and len(decoded) == 6  # another content
-    (photos / "1.png").rename(photos / "7.png")
+    (photos / "5.png").rename(photos / "7.png")
     assert len(pixels()) == 6 and len(decoded) == 6  # another name
     cache = max((photos.parent / "cache").iterdir(), key=os.path.getmtime)
     os.truncate(cache, 1000)
@@ -294,14 +292,16 @@ def test_images_are_decoded_once(photos, monkeypatch):
 def test_folders_of_one_name_do_not_share_pixels(tmp_path):
     """Not even with files of the same names, sizes and times, nor unpacked in the same place."""
 
-    def unpack(place, grey):
+    def unpack(place, edge, middle):
         folder = tmp_path / place / "photos"
         folder.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32), (grey, grey, grey)).save(folder / "0.bmp")
+        image = Image.new("L", (32, 32), edge)
+        image.paste(middle, (0, 8, 32, 24))
+        image.save(folder / "0.bmp")
         os.utime(folder / "0.bmp", (315_532_800, 315_532_800))  # 1980, as zip files have it
         data = common.load_dataset(str(folder), tmp_path / "cache")
         return data.train_images.unique().tolist()
 
-    assert unpack("a", 10) == [10]
-    assert unpack("b", 200) == [200]
-    assert unpack("a", 77) == [77]
+    assert unpack("a", 10, 20) == [10, 20]
+    assert unpack("b", 200, 20) == [20, 200]  # another place
+    assert unpack("a", 10, 77) == [10, 77]  # another content

@@ -1,5 +1,7 @@
 """The evaluation: features, probe, neighbours, and files that must not be believed."""
 
+import csv
+import json
 import math
 import os
 import pickle
@@ -10,11 +12,9 @@ import sys
 
 import common
 import linear_eval
-import numpy as np
 import pytest
 import torch
-from conftest import call, train, write_images
-from PIL import Image
+from conftest import ROOT, call, train, write_images
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
@@ -62,6 +62,7 @@ def test_table_says_what_the_functions_say(checkpoint, tiny, tmp_path):
     options = ["--weights", checkpoint.name, tmp_path / "copy.pt", "--labels", "all", "20"]
     process = evaluate(checkpoint.parent, tiny, *options, "--trials", "2", "--report")
     assert process.returncode == 0, process.stderr
+    assert "Always guessing T-shirt/top gives 10.00." in process.stdout
     rows, titles = table(process.stdout)
     assert titles == ["20 labels", "320 labels", "kNN", "C", "s"]
     assert list(rows) == ["raw pixels", "random init", "byol.pt", str(tmp_path / "copy.pt")]
@@ -72,12 +73,13 @@ def test_table_says_what_the_functions_say(checkpoint, tiny, tmp_path):
     data = common.load_dataset("fashion-mnist", tiny)
     assert saved["args"]["mean"] == data.mean.tolist()
     x = (data.test_images / 255 - data.mean) / data.std
-    test = linear_eval.extract_features(encoder, data.test_images, torch.arange(100))
-    torch.testing.assert_close(test, encoder[-1](x).detach(), rtol=1e-4, atol=1e-5)
-    features = linear_eval.extract_features(encoder, data.train_images, torch.arange(320))
-    guesses, c = linear_eval.linear_probe(features, data.train_labels, test, 10)
+    test = linear_eval.extract_features(encoder, data.test_images)
+    expected = F.normalize(encoder[-1](x).detach(), dim=1)
+    torch.testing.assert_close(test, expected, rtol=1e-4, atol=1e-5)
+    features = linear_eval.extract_features(encoder, data.train_images)
+    layer, c = linear_eval.linear_probe(features, data.train_labels, 10)
+    score = accuracy(layer(test).argmax(dim=1), data.test_labels)
     knn = linear_eval.knn_accuracy(features, data.train_labels, test, data.test_labels)
-    score = accuracy(guesses, data.test_labels)
     assert rows["byol.pt"][1:4] == [f"{score:.2f}", f"{knn:.2f}", str(c)]
 
     reports = process.stdout.split("rows: classes")
@@ -88,14 +90,65 @@ def test_table_says_what_the_functions_say(checkpoint, tiny, tmp_path):
     assert "Ankle boot" in process.stdout and "f1-score" in process.stdout
 
 
+def test_csv_has_a_line_for_each_draw(checkpoint, tiny, tmp_path, monkeypatch):
+    """The table's numbers are the means of its lines, and lines that were there stay."""
+    path, other = tmp_path / "scores.csv", tmp_path / "other.csv"
+    options = ["--weights", "byol.pt", "--trials", 2, "--csv", path]
+    process = evaluate(checkpoint.parent, tiny, *options, "--labels", 20, "all")
+    assert process.returncode == 0, process.stderr
+    rows, _ = table(process.stdout)
+    text = path.read_text()
+    lines = list(csv.DictReader(text.splitlines()))
+    assert list(lines[0]) == linear_eval.COLUMNS
+    names = ["raw pixels"] * 3 + ["random init"] * 3 + ["byol.pt"] * 3
+    assert [line["row"] for line in lines] == names
+    assert [(line["labels"], line["draw"]) for line in lines[6:]] == [
+        ("20", "0"),
+        ("20", "1"),
+        ("320", ""),
+    ]
+    for name, (few, every, knn, c, _) in rows.items():
+        first, second, last = (line for line in lines if line["row"] == name)
+        mean = (float(first["accuracy"]) + float(second["accuracy"])) / 2
+        assert few.startswith(f"{mean:.2f} ±") and every == f"{float(last['accuracy']):.2f}"
+        assert knn == f"{float(last['knn']):.2f}" and c == last["c"]
+        assert first["knn"] == second["knn"] == "" and float(first["seconds"]) > 0
+    saved = torch.load(checkpoint, weights_only=True)
+    assert json.loads(lines[6]["options"]) == saved["args"]
+    seconds = sum(row["seconds"] for row in saved["metrics"])
+    assert float(lines[6]["training_seconds"]) == pytest.approx(seconds, abs=0.06)
+    own = [lines[6][key] for key in ("checkpoint", "method", "epochs", "seed", "scored", "dataset")]
+    assert own == ["byol.pt", "byol", "1", "0", "test", "fashion-mnist"]
+    assert [lines[0][key] for key in ("checkpoint", "method", "epochs", "options")] == [""] * 4
+    assert lines[0]["torch"] == torch.__version__ and lines[0]["device"]
+    assert lines[0]["threads"] == str(torch.get_num_threads())
+
+    monkeypatch.setattr(linear_eval, "train_with_labels", None)  # ends the program at that row
+    with pytest.raises(TypeError):
+        run_main(checkpoint.parent, tiny, *options, "--validation", 100, "--baselines")
+    assert path.read_text().startswith(text)  # and what it had measured is there
+    added = list(csv.DictReader(path.read_text().splitlines()))[9:]
+    assert [(line["row"], line["scored"], line["labels"]) for line in added] == [
+        (name, "validation 100", "220") for name in ("raw pixels", "random init", "byol.pt")
+    ]
+
+    other.write_text("a,b\n1,2\n")
+    for wrong, words in ((other, "has other columns"), (tmp_path, "cannot be written")):
+        process = evaluate(checkpoint.parent, tiny, *options[:-1], wrong)
+        assert process.returncode == 1 and process.stderr.count("\n") == 1
+        assert f"--csv {wrong} {words}" in process.stderr
+    assert other.read_text() == "a,b\n1,2\n"
+
+
 def test_draws_of_labels(checkpoint, tiny, capsys, monkeypatch):
     """Balanced, of other images for each draw and seed; mean and deviation are theirs."""
     data, seen = common.load_dataset("fashion-mnist", tiny), []
 
-    def probe(train, labels, test, n_classes):
-        seen.append((train, labels))
+    def probe(features, labels, n_classes):
+        seen.append((features, labels))
         correct = 40 + 10 * (len(seen) % 3)  # percent, of these 100 images
-        return torch.where(torch.arange(100) < correct, data.test_labels, -1), 1
+        answers = torch.where(torch.arange(100) < correct, data.test_labels, 9 - data.test_labels)
+        return lambda test: F.one_hot(answers), 1
 
     monkeypatch.setattr(linear_eval, "linear_probe", probe)
     for seed in (0, 1):
@@ -107,10 +160,16 @@ def test_draws_of_labels(checkpoint, tiny, capsys, monkeypatch):
     pixels = [train for train, _ in seen[:3] + seen[9:12]]  # three draws of either seed
     assert not any(torch.equal(a, b) for i, a in enumerate(pixels) for b in pixels[:i])
     known = torch.arange(100, 200)
-    drawn = linear_eval.draw_labels(data.train_labels, known, 50, seed=0)
+    drawn = linear_eval.draw_labels(data.train_labels, known, 50, data.classes, seed=0)
     assert data.train_labels[drawn].bincount().tolist() == [5] * 10
     assert len(drawn.unique()) == 50 and set(drawn.tolist()) <= set(known.tolist())
-    assert torch.equal(drawn, linear_eval.draw_labels(data.train_labels, known, 50, seed=0))
+    again = linear_eval.draw_labels(data.train_labels, known, 50, data.classes, seed=0)
+    assert torch.equal(drawn, again)
+
+    seen.clear()  # all images can be drawn in one way only
+    run_main(checkpoint.parent, tiny, "--weights", "byol.pt", "--labels", 320, "all")
+    rows, titles = table(capsys.readouterr().out)
+    assert titles[:2] == ["320 labels", "kNN"] and len(seen) == 3
 
 
 def test_validation_leaves_the_test_set_alone(checkpoint, tiny, capsys, monkeypatch):
@@ -120,9 +179,9 @@ def test_validation_leaves_the_test_set_alone(checkpoint, tiny, capsys, monkeypa
     def without_test(*args):
         return load(*args)._replace(test_images=None, test_labels=None)
 
-    def extract(encoder, images, indices):
-        calls.append(images[indices])
-        return torch.randn(len(indices), 8)
+    def extract(encoder, images):
+        calls.append(images)
+        return torch.randn(len(images), 8)
 
     monkeypatch.setattr(linear_eval, "load_dataset", without_test)
     monkeypatch.setattr(linear_eval, "extract_features", extract)
@@ -130,8 +189,8 @@ def test_validation_leaves_the_test_set_alone(checkpoint, tiny, capsys, monkeypa
     assert "on 60 images" in capsys.readouterr().out
     scored, fitted = ({tuple(x.tolist()) for x in part[:, 0, 0, :2]} for part in calls[:2])
     assert len(fitted) == 260 and len(scored) == 60 and not fitted & scored
-    with pytest.raises(common.DataError, match="--validation 320: choose fewer than the 320"):
-        run_main(checkpoint.parent, tiny, "--weights", "byol.pt", "--validation", 320)
+    with pytest.raises(common.DataError, match="--validation 319: leave at least 2 of 320"):
+        run_main(checkpoint.parent, tiny, "--weights", "byol.pt", "--validation", 319)
 
 
 def test_baselines_and_finetuning(checkpoint, tiny, capsys, monkeypatch):
@@ -150,7 +209,8 @@ def test_baselines_and_finetuning(checkpoint, tiny, capsys, monkeypatch):
     data = common.load_dataset("fashion-mnist", tiny)
     encoder, _ = linear_eval.load_encoder(checkpoint)
     for i, (weight, images, labels, backbone_lr) in enumerate(calls):
-        drawn = linear_eval.draw_labels(data.train_labels, torch.arange(320), 20, seed=i % 2)
+        known = torch.arange(320)
+        drawn = linear_eval.draw_labels(data.train_labels, known, 20, data.classes, seed=i % 2)
         assert torch.equal(images, data.train_images[drawn])  # these labels and no more
         assert torch.equal(labels, data.train_labels[drawn])
         pretrained = torch.equal(weight, encoder[-1][0].weight)  # each time from the start
@@ -169,7 +229,7 @@ def test_train_with_labels_learns(tiny, monkeypatch):
     network = linear_eval.train_with_labels(encoder, images, labels, 10, 0, 0.1)
     pairs = zip(network[-1][0].parameters(), backbone.parameters(), strict=True)
     assert all(not torch.equal(p, q) for p, q in pairs)  # all of the copy is trained
-    logits = linear_eval.extract_features(network, data.test_images, torch.arange(100))
+    logits = linear_eval.apply(network, data.test_images)
     assert accuracy(logits.argmax(dim=1), data.test_labels) > 50
 
 
@@ -195,7 +255,7 @@ def test_settings_of_training_with_labels(tiny, monkeypatch):
         return watched
 
     monkeypatch.setattr(torch.optim, "SGD", Watched)
-    monkeypatch.setattr(linear_eval.simclr, "augment", watch(views, linear_eval.simclr.augment))
+    monkeypatch.setattr(linear_eval, "augment", watch(views, linear_eval.augment))
     monkeypatch.setattr(F, "cross_entropy", watch(losses, F.cross_entropy))
     assert (linear_eval.STEPS, linear_eval.BATCH_SIZE) == (3000, 128)
     monkeypatch.setattr(linear_eval, "STEPS", 20)
@@ -218,7 +278,6 @@ def test_settings_of_training_with_labels(tiny, monkeypatch):
             assert settings == (0.9, 5e-4, True)
         assert in_backbone == len(list(backbone.parameters()))
         assert head[0].shape[0] == 10 and not head[0].any()  # the linear layer starts at zero
-    assert all(options == linear_eval.simclr.VIEW_1 for _, options in views)
     assert all(options == dict(label_smoothing=0.1) for _, options in losses)
     assert len(views) == len(losses) == len(normalized) == 135
     first, second = views[0][0], views[1][0]  # 60 images, in another order each epoch
@@ -244,34 +303,40 @@ def brute_force_knn(train, train_labels, test, test_labels, k, temperature):
 def test_knn_equals_brute_force(k, temperature):
     train, train_labels = clusters(150)
     test, test_labels = clusters(90, seed=1)
-    found = linear_eval.knn_accuracy(train, train_labels, test, test_labels, k, temperature)
+    units = F.normalize(train, dim=1), train_labels, F.normalize(test, dim=1), test_labels
+    found = linear_eval.knn_accuracy(*units, k, temperature)
     expected = brute_force_knn(train, train_labels, test, test_labels, k, temperature)
     assert found == pytest.approx(expected, abs=1e-9) and 30 < found < 100
+
+
+@pytest.mark.parametrize("n_classes, factor", [(2, 2), (4, 1)])
+def test_fit_finds_the_minimum_of_logistic_regression(n_classes, factor):
+    """Of scikit-learn's, as the docstring says. Also where features are correlated."""
+    features, labels = clusters(300, n_classes=n_classes)
+    features[:, 0], features[:, 1] = 3 * features[:, 0], features[:, 2] + features[:, 1] / 5
+    for c in (0.1, 1.0):
+        layer = torch.nn.Linear(20, n_classes)
+        linear_eval.fit(layer, features, labels, c)
+        reference = LogisticRegression(C=factor * c, max_iter=5000, tol=1e-10)
+        expected = reference.fit(features, labels).decision_function(features)
+        logits = layer(features).detach()
+        if n_classes == 2:  # there it is the difference of the two
+            logits = logits[:, 1] - logits[:, 0]
+        else:
+            logits = logits - logits.mean(dim=1, keepdim=True)
+        torch.testing.assert_close(logits, torch.tensor(expected).float(), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("n, dim", [(60, 100), (400, 30), (2400, 20)])
 def test_probe_agrees_with_scikit_learn(n, dim):
     train, train_labels = clusters(n, dim, spread=dim**0.5 / 2)
     test, test_labels = clusters(2000, dim, seed=1, spread=dim**0.5 / 2)
-    predictions, c = linear_eval.linear_probe(train, train_labels, test, 4)
     a, b = F.normalize(train, dim=1), F.normalize(test, dim=1)
+    layer, c = linear_eval.linear_probe(a, train_labels, 4)
     reference = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(a, train_labels)
     expected = 100 * reference.score(b.numpy(), test_labels.numpy())
-    assert accuracy(predictions, test_labels) == pytest.approx(expected, abs=0.3)
-    assert 40 < expected < 99.5
-
-
-def test_fit_logistic_finds_the_minimum():
-    """Also where features are correlated and of different size."""
-    features, labels = clusters(300)
-    features[:, 0], features[:, 1] = 10 * features[:, 0], features[:, 2] + features[:, 1] / 10
-    for c in (0.1, 1.0):
-        weight, bias = linear_eval.fit_logistic(features, labels, 4, c, iterations=500)
-        reference = LogisticRegression(C=c, max_iter=5000, tol=1e-10).fit(features, labels)
-        expected = torch.tensor(reference.coef_).float()
-        torch.testing.assert_close(weight - weight.mean(0), expected, atol=2e-2, rtol=0)
-        expected = torch.tensor(reference.intercept_).float()
-        torch.testing.assert_close(bias - bias.mean(), expected, atol=5e-2, rtol=0)
+    found = accuracy(layer(b).argmax(dim=1), test_labels)
+    assert found == pytest.approx(expected, abs=0.3) and 40 < expected < 99.5
 
 
 @pytest.mark.parametrize("strong", [True, False])
@@ -287,69 +352,38 @@ def test_the_best_strength_is_chosen(strong):
         given = torch.where(noise < -0.8, 1 - labels, labels)
     else:
         x[:, 1], given = x[:, 0] + 0.06 * labels + 0.02 * noise, labels
-    train, test = x[:400], x[400:]
-    guesses, best = linear_eval.linear_probe(train, given[:400], test, 2)
+    train, test = F.normalize(x[:400], dim=1), F.normalize(x[400:], dim=1)
+    layer, best = linear_eval.linear_probe(train, given[:400], 2)
     scores = {}
-    for c in linear_eval.CANDIDATES:  # scikit-learn has one vector for two classes, hence 2 c
-        model = LogisticRegression(C=2 * c, max_iter=5000, tol=1e-8)
-        model.fit(F.normalize(train, dim=1), given[:400])
-        scores[c] = 100 * model.score(F.normalize(test, dim=1), labels[400:])
+    for c in linear_eval.CANDIDATES:
+        model = LogisticRegression(C=2 * c, max_iter=5000, tol=1e-8).fit(train, given[:400])
+        scores[c] = 100 * model.score(test, labels[400:])
     assert scores[best] > max(scores.values()) - 0.4 > min(scores.values()) + 3
-    assert accuracy(guesses, labels[400:]) == pytest.approx(scores[best], abs=0.3)
+    found = accuracy(layer(test).argmax(dim=1), labels[400:])
+    assert found == pytest.approx(scores[best], abs=0.3)
 
 
 def test_features_of_too_few_dimensions_give_a_number():
-    """Equal images, features that are dead or copies: no error, and chance at worst."""
+    """Equal images, features that are dead or copies, hardly any images: no error, and chance."""
     labels = torch.arange(60) % 3
     for features in (
         torch.zeros(60, 5),
-        torch.ones(60, 100),
+        F.normalize(torch.ones(60, 100), dim=1),
         labels[:, None].repeat(1, 70).float(),
     ):
-        guesses, _ = linear_eval.linear_probe(features, labels, features, 3)
-        assert accuracy(guesses, labels) >= 100 / 3 - 1e-6
-
-
-RUN_ELSEWHERE = """
-import sys, torch
-sys.path = [p for p in sys.path if "site-packages" in p or "python3" in p]
-program, images = torch.export.load("encoder.pt2").module(), torch.load("images.pt")
-torch.save([program(images[:1]), program(images)], "features.pt")
-"""
-
-
-@pytest.mark.parametrize("backbone", ["convnet", "vit", "resnet18"])
-def test_exported_program_runs_without_this_code(checkpoint, tiny, tmp_path, backbone):
-    saved = torch.load(checkpoint, weights_only=True)
-    if backbone != "convnet":
-        network = common.build_backbone(backbone, 1, 28)
-        saved["model"] = {f"backbone.{k}": v for k, v in network.state_dict().items()}
-        saved["args"]["backbone"] = backbone
-    torch.save(saved, tmp_path / "any.pt")
-    options = ["--weights", "any.pt", "--export", "encoder.pt2"]
-    process = evaluate(tmp_path, tiny, *options)
-    assert process.returncode == 0 and "takes uint8 images (N, 1, 28, 28)" in process.stdout
-    images = common.load_dataset("fashion-mnist", tiny).test_images[:7]
-    torch.save(images, tmp_path / "images.pt")
-    subprocess.run([sys.executable, "-I", "-c", RUN_ELSEWHERE], cwd=tmp_path, check=True)
-    one, seven = torch.load(tmp_path / "features.pt")
-    encoder, _ = linear_eval.load_encoder(tmp_path / "any.pt")
-    expected = linear_eval.extract_features(encoder, images, torch.arange(7))
-    torch.testing.assert_close(seven, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(one, expected[:1], rtol=1e-4, atol=1e-5)
-    before = (tmp_path / "encoder.pt2").read_bytes()
-    again = evaluate(tmp_path, tiny, *options)
-    assert again.returncode != 0 and "encoder.pt2 must not exist yet" in again.stderr
-    assert (tmp_path / "encoder.pt2").read_bytes() == before
+        layer, _ = linear_eval.linear_probe(features, labels, 3)
+        assert accuracy(layer(features).argmax(dim=1), labels) >= 100 / 3 - 1e-6
+    layer, _ = linear_eval.linear_probe(torch.eye(2), torch.tensor([2, 0]), 3)
+    assert layer(torch.eye(2)).argmax(dim=1).tolist() == [2, 0]
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A folder of images without labels, one with labels, and a checkpoint trained on the first."""
+    """A folder of images without labels, one with uneven classes, and a checkpoint of the first."""
     folder = tmp_path_factory.mktemp("photos")
     write_images(folder / "photos" / "a", 40)
-    for name in ("cat", "dog"):
-        write_images(folder / "pets" / "train" / name, 6)
+    for name, n in (("cat", 6), ("dog", 15)):
+        write_images(folder / "pets" / "train" / name, n)
     write_images(folder / "pets" / "unlabelled", 5)
     options = ["--dataset", "photos", "--epochs", 1, "--batch-size", 20, "--device", "cpu"]
     process = call(folder, "simclr.py", *options)
@@ -358,46 +392,41 @@ def photos(tmp_path_factory):
     return folder
 
 
-def test_embed_saves_features_and_paths(photos, checkpoint, tiny):
-    process = evaluate(photos, "data", "--weights", "simclr.pt", "--embed", "a.npz")
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ([], "photos has no labels"),
+        (["--validation", 5], "photos has no labels"),
+        (["--dataset", "pets"], "pets has no test images"),
+        (["--dataset", "pets", "--validation", 20], "leave at least 2 of 21"),
+        (["--dataset", "pets", "--validation", 15, "--labels", 3], "not a multiple of the 2"),
+        (["--dataset", "pets", "--validation", 8, "--labels", 12], "--labels 12: cat has "),
+    ],
+)
+def test_images_that_cannot_be_scored(photos, options, words):
+    process = evaluate(photos, "data", "--weights", "simclr.pt", *options)
+    assert process.returncode == 1 and words in process.stderr, process.stderr
+    assert process.stderr.count("\n") == 1
+
+
+def test_uneven_classes(photos, tmp_path):
+    """What guessing gives, balanced accuracy, and a report of a class that is not scored."""
+    options = ["--weights", "simclr.pt", "--dataset", "pets", "--report", "--validation"]
+    process = evaluate(photos, "data", *options, 8)
     assert process.returncode == 0, process.stderr
-    found, data = np.load(photos / "a.npz"), common.load_dataset(str(photos / "photos"), photos)
-    encoder, _ = linear_eval.load_encoder(photos / "simclr.pt")
-    expected = linear_eval.extract_features(encoder, data.train_images, torch.arange(40))
-    assert found["features"].dtype == np.float32 and found["paths"].tolist() == list(data.paths)
-    torch.testing.assert_close(torch.from_numpy(found["features"]), expected)
-    assert evaluate(photos, tiny, "--weights", checkpoint, "--embed", "b.npz").returncode == 0
-    found = np.load(photos / "b.npz")
-    assert found["features"].shape == (420, 2048) and found["paths"][320] == "test/0"
-
-
-def test_images_without_labels(photos):
-    """Refused but for pictures; another folder that has labels is evaluated, held out or not."""
-    process = evaluate(photos, "data", "--weights", "simclr.pt")
-    assert process.returncode == 1 and "photos has no labels (in" in process.stderr
-    process = evaluate(photos, "data", "--weights", "simclr.pt", "--dataset", "pets")
-    assert process.returncode == 1 and "pets has no test images" in process.stderr
-    options = ["--weights", "simclr.pt", "--dataset", "pets", "--validation", "4"]
-    process = evaluate(photos, "data", *options)
+    rows, titles = table(process.stdout)
+    assert list(rows) == ["raw pixels", "random init", "simclr.pt"] and titles[-1] == "balanced"
+    matrices = re.findall(r"\[\[ ?(\d+) +(\d+)\]\n \[ ?(\d+) +(\d+)\]\]", process.stdout)
+    for row, matrix in zip(rows.values(), matrices, strict=True):
+        a, b, c, d = map(int, matrix)
+        assert (
+            row[0] == f"{100 * (a + d) / 8:.2f}"
+            and row[-1] == f"{50 * (a / (a + b) + d / (c + d)):.2f}"
+        )
+    assert f"guessing dog gives {100 * (c + d) / 8:.2f}" in " ".join(process.stdout.split())
+    process = evaluate(photos, "data", *options, 1)
     assert process.returncode == 0, process.stderr
-    assert list(table(process.stdout)[0]) == ["raw pixels", "random init", "simclr.pt"]
-
-
-@pytest.mark.parametrize("labelled", [True, False])
-def test_pictures(photos, checkpoint, tiny, tmp_path, labelled):
-    folder, data, weights = (
-        (checkpoint.parent, tiny, "byol.pt") if labelled else (photos, "data", "simclr.pt")
-    )
-    options = ["--weights", weights, "--plot", tmp_path / "new" / "pictures"]
-    process = evaluate(folder, data, *options)
-    assert process.returncode == 0, process.stderr
-    names = {f"{kind}-{weights[:-3]}.png" for kind in ("map", "neighbours", "views")}
-    names |= {"curves.png", "labels.png"} if labelled else {"curves.png"}
-    pictures = list((tmp_path / "new" / "pictures").iterdir())
-    assert {path.name for path in pictures} == names
-    for path in pictures:
-        pixels = np.asarray(Image.open(path).convert("RGB"))
-        assert min(pixels.shape[:2]) > 300 and pixels.std() > 10
+    assert re.search(r"cat +0.00 +0.00 +0.00 +0\n", process.stdout)
 
 
 class Payload:
@@ -438,14 +467,16 @@ def test_bad_weights_are_refused_in_one_line(checkpoint, tiny, tmp_path, kind):
         BAD[kind](tmp_path / "bad.pt", saved)
     process = evaluate(tmp_path, tiny, "--weights", "bad.pt")
     assert process.returncode == 1 and process.stdout == ""
-    reason = "does not exist" if kind == "missing" else "is not a checkpoint of these scripts: "
+    reasons = {"missing": "cannot be read: No such file", "folder": "cannot be read: Is a dir"}
+    reasons["not finite"] = "has weights that are not finite: train again"
+    reason = reasons.get(kind, "is damaged, or none of the training scripts wrote it\n")
     assert process.stderr.startswith(f"bad.pt {reason}")
     assert process.stderr.count("\n") == 1
 
 
 def test_a_variant_is_evaluated_without_its_script(checkpoint, tiny, tmp_path):
     saved = torch.load(checkpoint, weights_only=True)
-    saved["args"]["method"] = saved["code"] = "there_is_no_such_script"
+    saved["args"]["method"] = "there_is_no_such_script"
     torch.save(saved, tmp_path / "variant.pt")
     options = ["--weights", "variant.pt", "--labels", "20", "--trials", "1"]
     process = evaluate(tmp_path, tiny, *options)
@@ -457,12 +488,26 @@ def test_a_variant_is_evaluated_without_its_script(checkpoint, tiny, tmp_path):
     [
         (["--labels", "0"], "--labels 0 is neither"),
         (["--labels", "7"], "--labels 7 is not a multiple of the 10 classes"),
-        (["--labels", "330"], "--labels 330: class 0 has only 32 images"),
-        (["--trials", "0"], "--trials 0 is not at least 1"),
-        (["--dataset", "photos"], "photos has 3 channels, but byol.pt needs 1"),
+        (["--labels", "330"], "--labels 330: T-shirt/top has 32 images, not 33"),
+        (["--trials", "0"], "--trials 0"),
+        (["--validation", "-1"], "--validation -1"),
+        (["--dataset", "photos"], "byol.pt needs images [1, 28, 28]"),
     ],
 )
 def test_bad_options_are_refused(checkpoint, tiny, options, words):
     write_images(checkpoint.parent / "photos", 3)
     process = evaluate(checkpoint.parent, tiny, "--weights", "byol.pt", *options)
     assert process.returncode != 0 and words in process.stderr.splitlines()[-1]
+
+
+def test_a_terminal_without_the_sign(checkpoint, tiny):
+    """The table is printed all the same, and nothing that was measured is lost."""
+    options = ["--weights", "byol.pt", "--labels", "20", "--data-dir", tiny, "--device", "cpu"]
+    process = subprocess.run(
+        [sys.executable, ROOT / "linear_eval.py", *options],
+        cwd=checkpoint.parent,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert re.search(rb"byol.pt +\d+.\d\d \? \d", process.stdout)
