@@ -134,6 +134,10 @@ def all_runs():
         "simclr_colour_alone",
         "simclr_mirror_alone",
         "simclr_one_half",
+        "simclr_triplet",
+        "simclr_logistic",
+        "simclr_margin",
+        "simclr_n_pair",
     )
     relatives = (
         "instdisc",
@@ -149,6 +153,16 @@ def all_runs():
         "moco_v3",
         "dino",
     )
+    small_views = (  # and those without, ten epochs or about as many minutes
+        ("swav", 10),
+        ("swav", 15),
+        ("swav_multi_crop", 10),
+        ("dino", 10),
+        ("dino", 25),
+        ("dino_multi_crop", 10),
+        ("moco_v3", 10),
+        ("moco_v3_frozen_patches", 10),
+    )
     few = Evaluation((1000, "all"))
     other = {
         "simclr": (few, few._replace(script="linear_eval_z")),
@@ -160,6 +174,8 @@ def all_runs():
             yield Run("variants", name, CIFAR, 10, seed, other.get(name, (few,)), ranks=True)
         for name in relatives:
             yield Run("family", name, CIFAR, 10, seed, other.get(name, (few,)))
+        for name, epochs in small_views:
+            yield Run("relatives", name, CIFAR, epochs, seed, (few,))
 
     for seed in range(3):
         yield Run("digits", "simclr", DIGITS, 20, seed, (Evaluation((100, "all")),))
@@ -400,7 +416,7 @@ def write_scripts(folder):
     folder.mkdir(parents=True, exist_ok=True)
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
-    for path in (ROOT / "docs" / "variants").glob("*.diff"):
+    for path in sorted((ROOT / "docs" / "variants").glob("*.diff")):  # swav before swav_multi_crop
         diff = path.read_text(encoding="utf-8")
         [source], [target] = (re.findall(rf"^copy {x} (.+)$", diff, re.M) for x in ("from", "to"))
         text = (ROOT / source).read_text(encoding="utf-8")
@@ -450,7 +466,7 @@ def jobs_of(run, rows, args):
     if done < run.epochs:
         command = [*python, str(args.checkpoints / "scripts" / f"{name}.py"), *options, *place_of]
         command += ["--epochs", str(run.epochs), "--seed", str(run.seed), "--out", str(out)]
-        weight = dict(byol=1.4, moco_v3=4, dino=4).get(name, 1)
+        weight = dict(byol=1.4, moco_v3=4, dino=4, dino_multi_crop=10).get(name, 1)
         if "resnet18" in options:
             weight *= 1 if torch.cuda.is_available() else 60
         images = weight * (run.epochs - done) * DATASETS[run.dataset][0]
