@@ -4,7 +4,7 @@
     python tools/tables.py --check    # only name the pages that differ from the file
 
 On a page, a table stands between <!-- table: NAME --> and <!-- end -->; what is between is
-replaced. In a script, `# 91.0% (random: 88.1%)` and `# 5 minutes, one CPU core` are. A dash is
+replaced. In a script, `91.0% (random network: 88.1%)` and `5 minutes, one CPU core` are. A dash is
 what has not been measured.
 """
 
@@ -406,14 +406,12 @@ def fill_script(text, name, rows):
     every = linear(rows, name, FASHION, 10).of(labels=60_000).means("seed")
     random = linear(rows, "", FASHION, 0, "random init").of(labels=60_000).means("draw")
     if every and random:
-        figures = f"# {mean(every)}% (random: {mean(random)}%)"
-        text = re.sub(r"# \d+\.\d% \(random: \d+\.\d%\)", figures, text)
+        figures = rf"{mean(every)}% \1 {mean(random)}%)"
+        text = re.sub(r"\d+\.\d% (\(random.*:) \d+\.\d%\)", figures, text)
     run = rows.of(run=f"{name} --device cpu", trained_on=FASHION, epochs=10, kind="training")
     if run:
         minutes = statistics.mean(run.numbers("training_seconds")) / 60
-        text = re.sub(
-            r"# \d+ minutes, one CPU core", f"# {minutes:.0f} minutes, one CPU core", text
-        )
+        text = re.sub(r"\d+ minutes, one CPU core", f"{minutes:.0f} minutes, one CPU core", text)
     return text
 
 
