@@ -419,7 +419,7 @@ def write_scripts(folder):
     for path in sorted((ROOT / "docs" / "variants").glob("*.diff")):  # swav before swav_multi_crop
         diff = path.read_text(encoding="utf-8")
         [source], [target] = (re.findall(rf"^copy {x} (.+)$", diff, re.M) for x in ("from", "to"))
-        text = (ROOT / source).read_text(encoding="utf-8")
+        text = (folder / source).read_text(encoding="utf-8")
         (folder / target).write_text(patch(text, diff), encoding="utf-8")
 
 
