@@ -1,13 +1,17 @@
 """tools/measure.py and tools/tables.py: from a list of runs to the tables on the pages."""
 
+import argparse
+import shlex
 import shutil
+import tarfile
 
+import linear_eval
 import measure
 import pytest
 import simclr
 import tables
 import torch
-from conftest import DIFFS, METHODS, ROOT, write_images
+from conftest import DIFFS, METHODS, ROOT, call, write_images
 
 TINY = (measure.Evaluation((20, "all")),)
 TINY_RUN = measure.Run("test", "simclr --device cpu", measure.FASHION, 2, 0, TINY)
@@ -27,7 +31,15 @@ def tiny_runs(monkeypatch, tmp_path, tiny):
     return run
 
 
-def test_measure_goes_on_where_it_stopped(tiny_runs, tmp_path, capsys):
+def in_process(job, args):
+    """Do what a process would do, here: that saves the seconds that importing takes."""
+    done = call(args.checkpoints, *job.command[2:])
+    done.poll = lambda: done.returncode
+    return done
+
+
+def test_measure_goes_on_where_it_stopped(tiny_runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "start", in_process)
     listed = tiny_runs("--list")
     assert not listed and "test: simclr --device cpu" in capsys.readouterr().out
     assert not tiny_runs("--minutes", "0.01")  # it would take longer: nothing is started
@@ -48,21 +60,35 @@ def test_measure_goes_on_where_it_stopped(tiny_runs, tmp_path, capsys):
     before = (tmp_path / "results.csv").read_text()
     tiny_runs()
     assert (tmp_path / "results.csv").read_text() == before
-    # Only what has no row is evaluated again, and nothing is trained.
-    (tmp_path / "results.csv").write_text("".join(before.splitlines(keepends=True)[:-1]))
+    # One of three draws has no row: those labels are evaluated again, and nothing is trained.
+    (tmp_path / "results.csv").unlink()
+    kept = [row for row in rows if (row["kind"], row["draw"]) != ("linear", "2")]
+    measure.append([], kept, tmp_path / "results.csv")
+    assert len(kept) == 12
     for path in tmp_path.glob("*.linear_eval-*.csv"):
         path.unlink()
-    capsys.readouterr()
+    tiny_runs("--dry-run")
+    assert "--labels 20 --" in capsys.readouterr().out
     assert len(tiny_runs()) == 13
     assert "evaluated" in (out := capsys.readouterr().out) and "trained" not in out
+
+    tiny_runs("--pack", tmp_path / "backbones.tar")
+    path = measure.checkpoint_of(TINY_RUN, args(tmp_path))
+    whole, _ = linear_eval.load_encoder(path)
+    with tarfile.open(tmp_path / "backbones.tar") as tar:
+        tar.extract(path.name, tmp_path / "unpacked", filter="data")
+    part, _ = linear_eval.load_encoder(tmp_path / "unpacked" / path.name)
+    images = torch.randint(0, 256, (3, 1, 28, 28)).byte()
+    assert torch.equal(part(images), whole(images))
 
 
 def args(folder):
     """Return what `measure` needs to find a checkpoint."""
-    return measure.argparse.Namespace(checkpoints=folder)
+    return argparse.Namespace(checkpoints=folder)
 
 
 def test_killed_run_is_resumed(tiny_runs, tmp_path, monkeypatch, tiny, capsys):
+    monkeypatch.setattr(measure, "all_runs", lambda: [TINY_RUN._replace(evaluations=())])
     out = measure.checkpoint_of(TINY_RUN, args(tmp_path))
     options = ["--device", "cpu", "--data-dir", str(tiny), "--epochs", "2", "--out", str(out)]
 
@@ -73,10 +99,43 @@ def test_killed_run_is_resumed(tiny_runs, tmp_path, monkeypatch, tiny, capsys):
         patch.setattr("simclr.knn_accuracy", stop)  # that is in the last epoch
         with pytest.raises(KeyboardInterrupt):
             simclr.train(simclr.parse_args(options))
+    [epoch] = torch.load(out, weights_only=True)["metrics"]
+    seconds = epoch["seconds"]
     tiny_runs("--dry-run")
     assert "--resume" in capsys.readouterr().out
-    tiny_runs("--only", "no such run")
-    assert len(tiny_runs()) == 13
+    assert not tiny_runs("--only", "no such run")
+    assert [row["kind"] for row in tiny_runs()] == ["training"]
+    metrics = torch.load(out, weights_only=True)["metrics"]
+    assert len(metrics) == 2 and metrics[0]["seconds"] == seconds  # the first epoch was kept
+
+
+def test_jobs_of_a_small_folder(tmp_path):
+    """It is trained on its own images and scored with the labels of the smallest folder."""
+    [run, *_] = [run for run in measure.all_runs() if run.dataset == measure.SMALL[0]]
+    options = ["--cifar", tmp_path, "--checkpoints", tmp_path, "--commit", "abc"]
+    options = measure.parse_args([str(option) for option in options])
+    train, linear, trained = [shlex.join(job.command) for job in measure.jobs_of(run, [], options)]
+    assert f"--dataset {tmp_path}/cifar10-20000" in train and "--epochs 26" in train
+    for command in (linear, trained):
+        assert f"--dataset {tmp_path}/cifar10-1000" in command
+        assert "--labels 100 200 all" in command
+    assert "--finetune --baselines" in trained and "--finetune" not in linear
+    # Rows of another seed do not count, those of labels only do, whatever the run.
+    row = dict.fromkeys(measure.COLUMNS, "") | dict(script="linear_eval", labels="1000", seed="1")
+    row |= dict(run=run.name, trained_on=run.dataset, epochs="26", dataset=measure.SMALL[-1])
+    frozen = run.evaluations[0]
+    rows = [row | dict(kind="linear", draw="")]
+    assert measure.missing_labels(run, frozen, rows) == [100, 200, "all"]
+    assert measure.missing_labels(run._replace(seed=1), frozen, rows) == [100, 200]
+    alone = frozen._replace(flags="--baselines")
+    assert measure.missing_labels(run, alone, [row | dict(kind="labels only")]) == [100, 200]
+
+
+def test_evaluation_without_rows_is_not_repeated(tiny_runs, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "start", in_process)
+    monkeypatch.setattr(measure, "evaluation_rows", lambda *_: [])
+    assert len(tiny_runs()) == 1
+    assert capsys.readouterr().out.count("FAILED") == 1
 
 
 def test_list_of_runs_is_complete():
@@ -145,6 +204,7 @@ def rows_of_simclr(**columns):
         )
     ]
     rows.append(base | dict(kind="random init", labels="50000", draw="0", accuracy="49.96"))
+    rows.append(rows[4] | dict(epochs="11", accuracy="99"))  # of no table
     return tables.Rows(rows)
 
 
@@ -164,8 +224,8 @@ def test_figures_of_a_docstring():
     for row in rows:
         row |= {name: row[name].replace(tables.CIFAR, tables.FASHION) for name in row}
         row["labels"] = row["labels"].replace("50000", "60000")
-    text = "# 5 minutes, one CPU core\n# 91.0% (random: 88.1%)\n"
-    expected = "# 5 minutes, one CPU core\n# 70.0% (random: 50.0%)\n"
+    text = "# 5 minutes, one CPU core\n# 91.0% (random network: 88.1%)\n"
+    expected = "# 5 minutes, one CPU core\n# 70.0% (random network: 50.0%)\n"
     assert tables.fill_script(text, "simclr", rows) == expected
     assert tables.fill_script(text, "moco", rows) == text  # not measured
     timed = rows[0] | dict(run="simclr --device cpu", kind="training", training_seconds="100")

@@ -83,24 +83,26 @@ def all_runs():
     four = "simclr", "moco", "byol", "simsiam"
     product = itertools.product
 
-    # Ten epochs. One run for each data set brings the rows of labels only.
     for seed, dataset, name in product(range(3), (CIFAR, FASHION), four):
-        first = seed == 0 and name == "simclr"
-        yield Run("ten", name, dataset, 10, seed, (Evaluation(flags="--baselines" * first),))
-
-    # A hundred epochs.
+        yield Run("ten", name, dataset, 10, seed)
     for dataset, name in product((CIFAR, FASHION), ("byol", "simclr", "moco", "simsiam")):
-        finetune = "--finetune" * (name in ("byol", "simclr"))
-        yield Run("hundred", name, dataset, 100, 0, (Evaluation(flags=finetune),))
+        yield Run("hundred", name, dataset, 100, 0)
     for seed, name in product((1, 2), ("byol", "simclr")):
         yield Run("hundred", name, CIFAR, 100, seed)
+
+    # Networks trained with labels: from random weights, whatever the run, and fine-tuned.
+    for dataset in (CIFAR, FASHION):
+        yield Run("labels", "simclr", dataset, 10, 0, (Evaluation(flags="--baselines"),))
+        for name in ("byol", "simclr"):
+            yield Run("labels", name, dataset, 100, 0, (Evaluation(flags="--finetune"),))
 
     # Few images: 4,000 and 40,000 steps of 128, and the same 1,000 labelled images in all rows.
     for steps, dataset, name in product((4_000, 40_000), (*SMALL, CIFAR), ("simclr", "byol")):
         epochs = steps // 400 if dataset == CIFAR else round(steps / (DATASETS[dataset][0] // 128))
+        frozen = Evaluation((100, 200, "all"), dataset=SMALL[-1])
         baselines = " --baselines" * (name == "simclr" and dataset == SMALL[0])
-        evaluation = Evaluation((100, 200, "all"), f"--finetune{baselines}", dataset=SMALL[-1])
-        yield Run("photos", name, dataset, epochs, 0, (evaluation,))
+        trained = frozen._replace(flags=f"--finetune{baselines}")
+        yield Run("photos", name, dataset, epochs, 0, (frozen, trained))
 
     # docs/variants.md and docs/family.md.
     ablations = (
@@ -132,6 +134,10 @@ def all_runs():
         "simclr_colour_alone",
         "simclr_mirror_alone",
         "simclr_one_half",
+        "simclr_triplet",
+        "simclr_logistic",
+        "simclr_margin",
+        "simclr_n_pair",
     )
     relatives = (
         "instdisc",
@@ -147,6 +153,16 @@ def all_runs():
         "moco_v3",
         "dino",
     )
+    small_views = (  # and those without, ten epochs or about as many minutes
+        ("swav", 10),
+        ("swav", 15),
+        ("swav_multi_crop", 10),
+        ("dino", 10),
+        ("dino", 25),
+        ("dino_multi_crop", 10),
+        ("moco_v3", 10),
+        ("moco_v3_frozen_patches", 10),
+    )
     few = Evaluation((1000, "all"))
     other = {
         "simclr": (few, few._replace(script="linear_eval_z")),
@@ -158,6 +174,8 @@ def all_runs():
             yield Run("variants", name, CIFAR, 10, seed, other.get(name, (few,)), ranks=True)
         for name in relatives:
             yield Run("family", name, CIFAR, 10, seed, other.get(name, (few,)))
+        for name, epochs in small_views:
+            yield Run("relatives", name, CIFAR, epochs, seed, (few,))
 
     for seed in range(3):
         yield Run("digits", "simclr", DIGITS, 20, seed, (Evaluation((100, "all")),))
@@ -192,7 +210,8 @@ def checkpoint_of(run, args):
 def scores_of(run, evaluation, args):
     """Return the path of the file that an evaluation writes."""
     images, _ = DATASETS[evaluation.dataset or run.dataset]
-    return checkpoint_of(run, args).with_suffix(f".{evaluation.script}-{images}.csv")
+    flags = evaluation.flags.replace(" --", "-").lstrip("-")
+    return checkpoint_of(run, args).with_suffix(f".{evaluation.script}-{images}-{flags}.csv")
 
 
 def belongs(row, run):
@@ -280,8 +299,8 @@ def budget(labels, dataset):
 def missing_labels(run, evaluation, rows):
     """Return those numbers of labels of an evaluation that lack a row."""
     dataset, flags = evaluation.dataset or run.dataset, evaluation.flags
-    kinds = ["linear"] + ["fine-tuned"] * ("--finetune" in flags)
-    kinds += ["labels only"] * ("--baselines" in flags)
+    kinds = ["fine-tuned"] * ("--finetune" in flags) + ["labels only"] * ("--baselines" in flags)
+    kinds = kinds or ["linear"]
     found = [
         (row["kind"], int(row["labels"]))
         for row in rows
@@ -397,10 +416,10 @@ def write_scripts(folder):
     folder.mkdir(parents=True, exist_ok=True)
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
-    for path in (ROOT / "docs" / "variants").glob("*.diff"):
+    for path in sorted((ROOT / "docs" / "variants").glob("*.diff")):  # swav before swav_multi_crop
         diff = path.read_text(encoding="utf-8")
         [source], [target] = (re.findall(rf"^copy {x} (.+)$", diff, re.M) for x in ("from", "to"))
-        text = (ROOT / source).read_text(encoding="utf-8")
+        text = (folder / source).read_text(encoding="utf-8")
         (folder / target).write_text(patch(text, diff), encoding="utf-8")
 
 
@@ -447,7 +466,9 @@ def jobs_of(run, rows, args):
     if done < run.epochs:
         command = [*python, str(args.checkpoints / "scripts" / f"{name}.py"), *options, *place_of]
         command += ["--epochs", str(run.epochs), "--seed", str(run.seed), "--out", str(out)]
-        weight = dict(byol=1.4, moco_v3=4, dino=4, resnet18=60).get(name, 1)
+        weight = dict(byol=1.4, moco_v3=4, dino=4, dino_multi_crop=10).get(name, 1)
+        if "resnet18" in options:
+            weight *= 1 if torch.cuda.is_available() else 60
         images = weight * (run.epochs - done) * DATASETS[run.dataset][0]
         jobs.append(Job(run, None, command + ["--resume"] * out.exists(), images))
     for evaluation, labels in wanted:
@@ -460,7 +481,7 @@ def jobs_of(run, rows, args):
         command += ["--device", "cpu"] * ("--device cpu" in run.name)
         budgets = [budget(n, evaluation.dataset or run.dataset) for n in labels]
         trained = sum(draws * max(3_000 * 128, 30 * n) for n, draws in budgets)
-        images = 100_000 + trained * len(evaluation.flags.split())
+        images = 100_000 + trained * len(evaluation.flags.split()) / 2  # one view, not two
         jobs.append(Job(run, evaluation, command, images))
     return jobs
 
