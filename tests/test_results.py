@@ -42,7 +42,8 @@ def test_measure_goes_on_where_it_stopped(tiny_runs, tmp_path, capsys, monkeypat
     monkeypatch.setattr(measure, "start", in_process)
     listed = tiny_runs("--list")
     assert not listed and "test: simclr --device cpu" in capsys.readouterr().out
-    assert not tiny_runs("--minutes", "0.01")  # it would take longer: nothing is started
+    # At an image per second it would take longer than that: nothing is started.
+    assert not tiny_runs("--minutes", "10", "--speed", "1")
 
     rows = tiny_runs()
     kinds = [(row["kind"], row["labels"], row["draw"]) for row in rows]
@@ -132,7 +133,14 @@ def test_jobs_of_a_small_folder(tmp_path):
 
 
 def test_evaluation_without_rows_is_not_repeated(tiny_runs, monkeypatch, capsys):
-    monkeypatch.setattr(measure, "start", in_process)
+    started = []
+
+    def start(job, args):
+        started.append(job)
+        assert len(started) <= 2, "the evaluation is started again"
+        return in_process(job, args)
+
+    monkeypatch.setattr(measure, "start", start)
     monkeypatch.setattr(measure, "evaluation_rows", lambda *_: [])
     assert len(tiny_runs()) == 1
     assert capsys.readouterr().out.count("FAILED") == 1

@@ -525,7 +525,7 @@ def start(job, args):
 def work(runs, rows, args):
     """Start job after job, and append rows as they come."""
     running, failed, begun = {}, set(), time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     for run in runs:  # what a killed measurement has left
         collect(run, rows, args)
     try:
@@ -560,6 +560,7 @@ def work(runs, rows, args):
                 return
             time.sleep(1)
     finally:
+        signal.signal(signal.SIGTERM, before)
         for process, (job, _) in running.items():
             process.terminate()
             process.wait()
