@@ -1,10 +1,9 @@
 """BYOL: Bootstrap Your Own Latent (Grill et al. 2020, arXiv 2006.07733).
 
 Two networks see two random views of an image, cropped and recoloured. The online network learns to
-predict what the target network makes of the other view. The target, a running average of the online
-network, is not trained. Mapping all images to one point, a collapse, would give a loss of 0. What
-keeps training away from it is that only the online network has a predictor, and that no gradient
-flows into the target. Why this suffices is not settled.
+predict what the target, its running average, makes of the other view. The target is not trained.
+Mapping all images to one point, a collapse, would give a loss of 0. A predictor in the online
+network alone, and no gradient into the target, keep training away from it. Why is not settled.
 
     python byol.py --epochs 10                # Fashion-MNIST, 7 minutes, one CPU core
     python linear_eval.py --weights byol.pt   # 91.1% (random network: 88.1%)
