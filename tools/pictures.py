@@ -214,10 +214,10 @@ def draw_views_of(saved, data, path):
 def read_rows(path):
     """Return the lines of a csv file as dictionaries."""
     with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "accuracy" not in rows[0]:
-        raise DataError(f"{path} holds no scores that linear_eval.py --csv has written")
-    return rows
+        reader = csv.DictReader(file)
+        if "accuracy" not in (reader.fieldnames or ()):
+            raise DataError(f"{path} holds no scores that linear_eval.py --csv has written")
+        return list(reader)
 
 
 def scores_of(rows):
