@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, train, write_fashion_mnist
+from conftest import METHODS, ROOT, common, train, write_fashion_mnist
 from kill import state
 
 NORMALIZE = "torchvision.transforms.v2.functional.normalize"  # the scripts import it from there
@@ -27,9 +27,12 @@ def refused(process, words):
 
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory):
-    """Folders of runs of two epochs that ended, and that got Ctrl-C after one; both outputs."""
-    whole, half = tmp_path_factory.mktemp("whole") / "new", tmp_path_factory.mktemp("half")
-    ended = {name: train(half, tiny, name, "--out", whole / f"{name}.pt") for name in METHODS}
+    """Runs of two epochs: paths of those that ended, the folder of those that got Ctrl-C after one,
+    and what both printed.
+    """
+    base, half = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("half")
+    whole = {name: base / name / "new" / "run.pt" for name in METHODS}  # makes two folders
+    ended = {name: train(half, tiny, name, "--out", path) for name, path in whole.items()}
 
     def replace_and_interrupt(*paths, replace=os.replace):
         replace(*paths)
@@ -53,12 +56,13 @@ def half(runs):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_a_run_prints_and_leaves_when_it_ends_and_at_ctrl_c(runs, name):
-    folder, _, ended, stopped = runs
-    saved = torch.load(folder / f"{name}.pt", weights_only=True)
+def test_what_a_run_prints_and_leaves_when_it_ends_and_at_ctrl_c(runs, tiny, name):
+    whole, _, ended, stopped = runs
+    saved = torch.load(whole[name], weights_only=True)
     assert set(saved) == {"args", "metrics", "model", "optimizer"}
     assert saved["args"]["method"] == name and saved["args"]["images"] == [320, 1, 28, 28]
-    assert len(saved["args"]["mean"]) == len(saved["args"]["std"]) == 1
+    data = common.load_dataset("fashion-mnist", tiny)
+    assert [saved["args"]["mean"], saved["args"]["std"]] == [data.mean.tolist(), data.std.tolist()]
     rows = saved["metrics"]
     lines = ["  ".join(f"{key} {row[key]:.5g}" for key in row) for row in rows]
     assert ended[name].returncode == 0 and ended[name].stderr == ""
@@ -66,7 +70,7 @@ def test_what_a_run_prints_and_leaves_when_it_ends_and_at_ctrl_c(runs, name):
     assert [row["epoch"] for row in rows] == [1, 2]
     assert list(rows[1]) == ["epoch", "loss", "z_std", "seconds", "knn"]
     assert rows[1]["knn"] > 20 and 0 < rows[1]["z_std"] < 1.5 and rows[1]["seconds"] > 0
-    assert not list(folder.glob("*.tmp"))
+    assert list(whole[name].parent.iterdir()) == [whole[name]]
     # Ctrl-C: in the first epoch's checkpoint, before its line.
     assert stopped[name].returncode == 1 and len(stopped[name].stdout.splitlines()) == 1
     assert stopped[name].stderr == "stopped (--resume goes on with the run in --out)\n"
@@ -83,7 +87,7 @@ def test_a_resumed_run_ends_as_if_never_stopped(runs, tiny, tmp_path, name):
     process = train(tmp_path, "data", name, "--resume", "--out", "renamed.pt")
     assert process.returncode == 0 and "renamed.pt has 1 of 2 epochs" in process.stdout
     assert process.stdout.splitlines()[2].startswith("epoch 2 ")
-    assert state(tmp_path / "renamed.pt") == state(runs[0] / f"{name}.pt")
+    assert state(tmp_path / "renamed.pt") == state(runs[0][name])
     before = (tmp_path / "renamed.pt").read_bytes()
     process = train(tmp_path, tiny, name, "--resume", "--out", "renamed.pt")
     assert process.returncode == 0
@@ -149,7 +153,7 @@ def test_a_run_that_finished_no_epoch_is_resumed_from_the_start(runs, tiny, tmp_
     assert (tmp_path / "moco.pt").stat().st_size == 0
     process = train(tmp_path, tiny, "moco", "--resume")
     assert process.returncode == 0, process.stderr
-    assert state(tmp_path / "moco.pt") == state(runs[0] / "moco.pt")
+    assert state(tmp_path / "moco.pt") == state(runs[0]["moco"])
 
 
 class Evil:
