@@ -66,7 +66,7 @@ def test_what_a_run_prints_and_leaves_when_it_ends_and_at_ctrl_c(runs, tiny, nam
     rows = saved["metrics"]
     lines = ["  ".join(f"{key} {row[key]:.5g}" for key in row) for row in rows]
     assert ended[name].returncode == 0 and ended[name].stderr == ""
-    assert ended[name].stdout.splitlines() == ["device cpu, bf16 False, processes 1", *lines]
+    assert ended[name].stdout.splitlines() == ["cpu, bf16 False, processes 1, steps 10", *lines]
     assert [row["epoch"] for row in rows] == [1, 2]
     assert list(rows[1]) == ["epoch", "loss", "z_std", "seconds", "knn"]
     assert rows[1]["knn"] > 20 and 0 < rows[1]["z_std"] < 1.5 and rows[1]["seconds"] > 0
@@ -195,7 +195,7 @@ def test_a_reader_who_leaves_ends_the_run_in_one_line(tiny, tmp_path):
     command = f"{sys.executable} {ROOT / 'simclr.py'} --epochs 9 --data-dir {tiny} --device cpu"
     command = ["bash", "-c", f"set -o pipefail; {command} --batch-size 160 | head -1"]
     process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert process.stdout == "device cpu, bf16 False, processes 1\n" and process.returncode
+    assert process.stdout == "cpu, bf16 False, processes 1, steps 18\n" and process.returncode
     assert "Broken pipe" in process.stderr and "Traceback" not in process.stderr
     assert len(torch.load(tmp_path / "simclr.pt", weights_only=True)["metrics"]) < 9
 
@@ -281,7 +281,7 @@ def test_processes_must_share_the_batch(tiny, tmp_path, monkeypatch, world, batc
 def test_a_world_size_left_by_an_earlier_job_is_no_matter(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     process = train(tmp_path, tiny, "moco", "--epochs", "1")
-    assert process.returncode == 0 and process.stdout.startswith("device cpu, bf16 False, proc")
+    assert process.returncode == 0 and process.stdout.startswith("cpu, bf16 False, processes 1,")
 
 
 def test_a_run_without_docstrings_in_an_ascii_terminal(tiny, tmp_path):
