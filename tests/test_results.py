@@ -228,6 +228,13 @@ def test_cells_of_tables():
     assert "| linear on SimCLR, 10 epochs | 43.0 ± 3.5 | - | 70.0 |" in text
 
 
+def test_what_is_not_measured_leaves_a_page_alone():
+    page = "<!-- table: {} -->\n\nwhat an earlier version had\n\n<!-- end -->\n"
+    assert tables.fill(page.format("digits"), rows_of_simclr()) == page.format("digits")
+    text = tables.fill(page.format("ten-cifar10"), rows_of_simclr())
+    assert "| SimCLR | 43.0" in text and "BYOL" not in text and "earlier" not in text
+
+
 def test_figures_of_a_docstring():
     rows = rows_of_simclr()
     for row in rows:
