@@ -100,7 +100,7 @@ def all_runs():
     for steps, dataset, name in product((4_000, 40_000), (*SMALL, CIFAR), ("simclr", "byol")):
         epochs = steps // 400 if dataset == CIFAR else round(steps / (DATASETS[dataset][0] // 128))
         frozen = Evaluation((100, 200, "all"), dataset=SMALL[-1])
-        baselines = " --baselines" * (name == "simclr" and dataset == SMALL[0])
+        baselines = " --baselines" * (name == "simclr" and dataset == SMALL[1])
         trained = frozen._replace(flags=f"--finetune{baselines}")
         yield Run("photos", name, dataset, epochs, 0, (frozen, trained))
 
