@@ -113,18 +113,18 @@ def test_killed_run_is_resumed(tiny_runs, tmp_path, monkeypatch, tiny, capsys):
 
 def test_jobs_of_a_small_folder(tmp_path):
     """It is trained on its own images and scored with the labels of the smallest folder."""
-    [run, *_] = [run for run in measure.all_runs() if run.dataset == measure.SMALL[0]]
+    [run, *_] = [run for run in measure.all_runs() if run.dataset == measure.SMALL[1]]
     options = ["--cifar", tmp_path, "--checkpoints", tmp_path, "--commit", "abc"]
     options = measure.parse_args([str(option) for option in options])
     train, linear, trained = [shlex.join(job.command) for job in measure.jobs_of(run, [], options)]
-    assert f"--dataset {tmp_path}/cifar10-20000" in train and "--epochs 26" in train
+    assert f"--dataset {tmp_path}/cifar10-5000" in train and "--epochs 103" in train
     for command in (linear, trained):
         assert f"--dataset {tmp_path}/cifar10-1000" in command
         assert "--labels 100 200 all" in command
     assert "--finetune --baselines" in trained and "--finetune" not in linear
     # Rows of another seed do not count, those of labels only do, whatever the run.
     row = dict.fromkeys(measure.COLUMNS, "") | dict(script="linear_eval", labels="1000", seed="1")
-    row |= dict(run=run.name, trained_on=run.dataset, epochs="26", dataset=measure.SMALL[-1])
+    row |= dict(run=run.name, trained_on=run.dataset, epochs="103", dataset=measure.SMALL[-1])
     frozen = run.evaluations[0]
     rows = [row | dict(kind="linear", draw="")]
     assert measure.missing_labels(run, frozen, rows) == [100, 200, "all"]
