@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, common, train, write_fashion_mnist
+from conftest import METHODS, ROOT, common, train, write_fashion_mnist, write_images
 from kill import state
 
 NORMALIZE = "torchvision.transforms.v2.functional.normalize"  # the scripts import it from there
@@ -292,6 +292,15 @@ def test_a_world_size_left_by_an_earlier_job_is_no_matter(tiny, tmp_path, monkey
     monkeypatch.setenv("WORLD_SIZE", "4")
     process = train(tmp_path, tiny, "moco", "--epochs", "1")
     assert process.returncode == 0 and process.stdout.startswith("device cpu, bf16 False, proc")
+
+
+def test_a_run_on_images_without_labels_takes_no_knn(tmp_path):
+    write_images(tmp_path / "images", 8)
+    for name in METHODS:
+        options = ["--dataset", "images", "--batch-size", 4, "--epochs", 1]
+        process = train(tmp_path, tmp_path / "data", name, *options)
+        assert process.returncode == 0 and "epoch 1 " in process.stdout, process.stderr
+        assert "knn" not in process.stdout
 
 
 def test_a_run_without_docstrings_in_an_ascii_terminal(tiny, tmp_path):
