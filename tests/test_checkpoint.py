@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, common, train, write_fashion_mnist
+from conftest import METHODS, ROOT, common, train, write_fashion_mnist, write_images
 from kill import state
 
 NORMALIZE = "torchvision.transforms.v2.functional.normalize"  # the scripts import it from there
@@ -78,7 +78,8 @@ def test_what_a_run_prints_and_leaves_when_it_ends_and_at_ctrl_c(runs, tiny, nam
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_ends_as_if_never_stopped(runs, tiny, tmp_path, name):
-    """Also under another name, and with the data in another folder. Once more changes nothing.
+    """Also under another name, and with the data in another folder. Once more, now
+    with --bf16, changes nothing.
 
     MoCo's queue is resumed in the middle of a round: 320 of its 4,096 rows are written.
     """
@@ -89,7 +90,7 @@ def test_a_resumed_run_ends_as_if_never_stopped(runs, tiny, tmp_path, name):
     assert process.stdout.splitlines()[2].startswith("epoch 2 ")
     assert state(tmp_path / "renamed.pt") == state(runs[0][name])
     before = (tmp_path / "renamed.pt").read_bytes()
-    process = train(tmp_path, tiny, name, "--resume", "--out", "renamed.pt")
+    process = train(tmp_path, tiny, name, "--resume", "--out", "renamed.pt", "--bf16")
     assert process.returncode == 0
     assert process.stdout.splitlines()[1:] == ["renamed.pt has 2 of 2 epochs"]
     assert (tmp_path / "renamed.pt").read_bytes() == before
@@ -105,6 +106,10 @@ def test_resume_needs_the_same_options_images_and_method(half, tiny, tmp_path):
         refused(process, f"byol.pt has {name} {old}, not {new}")
     words = "byol.pt has images [320, 1, 28, 28], not [200, 1, 28, 28]"
     refused(train(half, other, "byol", "--resume"), words)
+    shutil.copytree(tiny, tmp_path / "similar")  # as many images, but the last is white
+    pixels = tmp_path / "similar" / "train-images-idx3-ubyte"
+    pixels.write_bytes(pixels.read_bytes()[:-784] + b"\xff" * 784)
+    refused(train(half, tmp_path / "similar", "byol", "--resume"), "byol.pt has mean [")
     process = train(half, tiny, "simclr", "--resume", "--out", "byol.pt")
     refused(process, "byol.pt has method byol, not simclr")
     assert path.read_bytes() == before
@@ -179,7 +184,8 @@ def test_resume_refuses_what_is_no_checkpoint(half, tiny, tmp_path, kind, monkey
 @pytest.mark.parametrize("error", [OSError, RuntimeError])  # torch.save raises either
 def test_a_full_disk_spares_the_checkpoint(half, tiny, monkeypatch, error):
     def save(checkpoint, path):
-        Path(path).write_bytes(b"half a file")
+        if error is OSError:  # the other comes before there is a file
+            Path(path).write_bytes(b"half a file")
         raise error("no space left on device")
 
     for name in METHODS:
@@ -249,10 +255,14 @@ OPTIONS = [
     (METHODS, ["--lr", "1e20"], "is not finite: lower --lr"),
     (METHODS, ["--dataset", "no-such-folder"], "--dataset no-such-folder is neither"),
     (["simclr", "moco"], ["--temperature", "0"], "--temperature"),
+    (METHODS[:3], ["--hidden-dim", "0"], "above 0"),
+    (["simsiam"], ["--bottleneck-dim", "0"], "above 0"),
     (["moco"], ["--momentum", "1.5"], "--momentum is from 0 to 1"),
+    (["moco"], ["--momentum", "-0.1"], "--momentum is from 0 to 1"),
     (["moco"], ["--queue-size", "0"], "above 0"),
     (["moco"], ["--queue-size", "many"], "--queue-size: invalid int value: 'many'"),
     (["byol"], ["--tau", "-0.1"], "--tau is from 0 to 1"),
+    (["byol"], ["--tau", "1.5"], "--tau is from 0 to 1"),
 ]
 if not torch.cuda.is_available():
     OPTIONS += [(METHODS, ["--device", "cuda"], "--device: invalid choice: 'cuda'")]
@@ -282,6 +292,15 @@ def test_a_world_size_left_by_an_earlier_job_is_no_matter(tiny, tmp_path, monkey
     monkeypatch.setenv("WORLD_SIZE", "4")
     process = train(tmp_path, tiny, "moco", "--epochs", "1")
     assert process.returncode == 0 and process.stdout.startswith("cpu, bf16 False, processes 1,")
+
+
+def test_a_run_on_images_without_labels_takes_no_knn(tmp_path):
+    write_images(tmp_path / "images", 8)
+    for name in METHODS:
+        options = ["--dataset", "images", "--batch-size", 4, "--epochs", 1]
+        process = train(tmp_path, tmp_path / "data", name, *options)
+        assert process.returncode == 0 and "epoch 1 " in process.stdout, process.stderr
+        assert "knn" not in process.stdout
 
 
 def test_a_run_without_docstrings_in_an_ascii_terminal(tiny, tmp_path):
