@@ -1,10 +1,9 @@
 """BYOL: Bootstrap Your Own Latent (Grill et al. 2020, arXiv 2006.07733).
 
 Two networks see two random views of an image, cropped and recoloured. The online network learns to
-predict what the target network makes of the other view. The target, a running average of the online
-network, is not trained. Mapping all images to one point, a collapse, would give a loss of 0. What
-keeps training away from it is that only the online network has a predictor, and that no gradient
-flows into the target. Why this suffices is not settled.
+predict what the target, its running average, makes of the other view. The target is not trained.
+Mapping all images to one point, a collapse, would give a loss of 0. A predictor in the online
+network alone, and no gradient into the target, keep training away from it. Why is not settled.
 
     python byol.py --epochs 10                # Fashion-MNIST, 7 minutes, one CPU core
     python linear_eval.py --weights byol.pt   # 91.1% (random network: 88.1%)
@@ -89,6 +88,8 @@ def train(args):
     if size % world or not 2 * world <= size <= n:
         sys.exit(f"--batch-size {size}: take {2 * world} to {n}, divisible by {world}")
     steps = n // size  # of an epoch; a last, smaller batch is left out
+    if rank == 0:
+        print(f"{args.device}, bf16 {args.bf16}, processes {world}, steps {steps * args.epochs:,}")
 
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.backbone, images.shape[1], images.shape[3])
@@ -205,8 +206,6 @@ def join_processes(args):
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)
         rank, world = dist.get_rank(), dist.get_world_size()
-    if rank == 0:
-        print(f"device {args.device}, bf16 {args.bf16}, processes {world}")
     return rank, world
 
 

@@ -99,13 +99,13 @@ def percent(guesses, labels):
     return 100 * (guesses == labels).double().mean().item()
 
 
-def fit(layer, features, labels, c):
+def fit(layer, features, labels, c, steps=100):
     """Fit a linear layer: minimise C * sum of cross-entropies + ||W||^2 / 2.
 
     scikit-learn's LogisticRegression(C=c) has the same minimum. For two classes it has one row of
     weights where the layer has two, so there it is LogisticRegression(C=2 * c).
     """
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
@@ -134,7 +134,7 @@ def linear_probe(features, labels, n_classes):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
         for c in CANDIDATES:  # each fit starts where the one before has ended
-            fit(layer, features[rest], labels[rest], c)
+            fit(layer, features[rest], labels[rest], c, steps=40)
             guesses = layer(features[held_out]).argmax(dim=1)
             correct[c] += (guesses == labels[held_out]).sum().item()
             layers[c] = deepcopy(layer)

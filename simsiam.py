@@ -79,6 +79,8 @@ def train(args):
     if size % world or not 2 * world <= size <= n:
         sys.exit(f"--batch-size {size}: take {2 * world} to {n}, divisible by {world}")
     steps = n // size  # of an epoch; a last, smaller batch is left out
+    if rank == 0:
+        print(f"{args.device}, bf16 {args.bf16}, processes {world}, steps {steps * args.epochs:,}")
 
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.backbone, images.shape[1], images.shape[3])
@@ -196,8 +198,6 @@ def join_processes(args):
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)
         rank, world = dist.get_rank(), dist.get_world_size()
-    if rank == 0:
-        print(f"device {args.device}, bf16 {args.bf16}, processes {world}")
     return rank, world
 
 

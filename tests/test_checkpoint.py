@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, train, write_fashion_mnist
+from conftest import METHODS, ROOT, common, train, write_fashion_mnist, write_images
 from kill import state
 
 NORMALIZE = "torchvision.transforms.v2.functional.normalize"  # the scripts import it from there
@@ -27,9 +27,12 @@ def refused(process, words):
 
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory):
-    """Folders of runs of two epochs that ended, and that got Ctrl-C after one; both outputs."""
-    whole, half = tmp_path_factory.mktemp("whole") / "new", tmp_path_factory.mktemp("half")
-    ended = {name: train(half, tiny, name, "--out", whole / f"{name}.pt") for name in METHODS}
+    """Runs of two epochs: paths of those that ended, the folder of those that got Ctrl-C after one,
+    and what both printed.
+    """
+    base, half = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("half")
+    whole = {name: base / name / "new" / "run.pt" for name in METHODS}  # makes two folders
+    ended = {name: train(half, tiny, name, "--out", path) for name, path in whole.items()}
 
     def replace_and_interrupt(*paths, replace=os.replace):
         replace(*paths)
@@ -53,20 +56,21 @@ def half(runs):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_a_run_prints_and_leaves_when_it_ends_and_at_ctrl_c(runs, name):
-    folder, _, ended, stopped = runs
-    saved = torch.load(folder / f"{name}.pt", weights_only=True)
+def test_what_a_run_prints_and_leaves_when_it_ends_and_at_ctrl_c(runs, tiny, name):
+    whole, _, ended, stopped = runs
+    saved = torch.load(whole[name], weights_only=True)
     assert set(saved) == {"args", "metrics", "model", "optimizer"}
     assert saved["args"]["method"] == name and saved["args"]["images"] == [320, 1, 28, 28]
-    assert len(saved["args"]["mean"]) == len(saved["args"]["std"]) == 1
+    data = common.load_dataset("fashion-mnist", tiny)
+    assert [saved["args"]["mean"], saved["args"]["std"]] == [data.mean.tolist(), data.std.tolist()]
     rows = saved["metrics"]
     lines = ["  ".join(f"{key} {row[key]:.5g}" for key in row) for row in rows]
     assert ended[name].returncode == 0 and ended[name].stderr == ""
-    assert ended[name].stdout.splitlines() == ["device cpu, bf16 False, processes 1", *lines]
+    assert ended[name].stdout.splitlines() == ["cpu, bf16 False, processes 1, steps 10", *lines]
     assert [row["epoch"] for row in rows] == [1, 2]
     assert list(rows[1]) == ["epoch", "loss", "z_std", "seconds", "knn"]
     assert rows[1]["knn"] > 20 and 0 < rows[1]["z_std"] < 1.5 and rows[1]["seconds"] > 0
-    assert not list(folder.glob("*.tmp"))
+    assert list(whole[name].parent.iterdir()) == [whole[name]]
     # Ctrl-C: in the first epoch's checkpoint, before its line.
     assert stopped[name].returncode == 1 and len(stopped[name].stdout.splitlines()) == 1
     assert stopped[name].stderr == "stopped (--resume goes on with the run in --out)\n"
@@ -74,7 +78,8 @@ def test_what_a_run_prints_and_leaves_when_it_ends_and_at_ctrl_c(runs, name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_ends_as_if_never_stopped(runs, tiny, tmp_path, name):
-    """Also under another name, and with the data in another folder. Once more changes nothing.
+    """Also under another name, and with the data in another folder. Once more, now
+    with --bf16, changes nothing.
 
     MoCo's queue is resumed in the middle of a round: 320 of its 4,096 rows are written.
     """
@@ -83,9 +88,9 @@ def test_a_resumed_run_ends_as_if_never_stopped(runs, tiny, tmp_path, name):
     process = train(tmp_path, "data", name, "--resume", "--out", "renamed.pt")
     assert process.returncode == 0 and "renamed.pt has 1 of 2 epochs" in process.stdout
     assert process.stdout.splitlines()[2].startswith("epoch 2 ")
-    assert state(tmp_path / "renamed.pt") == state(runs[0] / f"{name}.pt")
+    assert state(tmp_path / "renamed.pt") == state(runs[0][name])
     before = (tmp_path / "renamed.pt").read_bytes()
-    process = train(tmp_path, tiny, name, "--resume", "--out", "renamed.pt")
+    process = train(tmp_path, tiny, name, "--resume", "--out", "renamed.pt", "--bf16")
     assert process.returncode == 0
     assert process.stdout.splitlines()[1:] == ["renamed.pt has 2 of 2 epochs"]
     assert (tmp_path / "renamed.pt").read_bytes() == before
@@ -101,6 +106,10 @@ def test_resume_needs_the_same_options_images_and_method(half, tiny, tmp_path):
         refused(process, f"byol.pt has {name} {old}, not {new}")
     words = "byol.pt has images [320, 1, 28, 28], not [200, 1, 28, 28]"
     refused(train(half, other, "byol", "--resume"), words)
+    shutil.copytree(tiny, tmp_path / "similar")  # as many images, but the last is white
+    pixels = tmp_path / "similar" / "train-images-idx3-ubyte"
+    pixels.write_bytes(pixels.read_bytes()[:-784] + b"\xff" * 784)
+    refused(train(half, tmp_path / "similar", "byol", "--resume"), "byol.pt has mean [")
     process = train(half, tiny, "simclr", "--resume", "--out", "byol.pt")
     refused(process, "byol.pt has method byol, not simclr")
     assert path.read_bytes() == before
@@ -149,7 +158,7 @@ def test_a_run_that_finished_no_epoch_is_resumed_from_the_start(runs, tiny, tmp_
     assert (tmp_path / "moco.pt").stat().st_size == 0
     process = train(tmp_path, tiny, "moco", "--resume")
     assert process.returncode == 0, process.stderr
-    assert state(tmp_path / "moco.pt") == state(runs[0] / "moco.pt")
+    assert state(tmp_path / "moco.pt") == state(runs[0]["moco"])
 
 
 class Evil:
@@ -175,7 +184,8 @@ def test_resume_refuses_what_is_no_checkpoint(half, tiny, tmp_path, kind, monkey
 @pytest.mark.parametrize("error", [OSError, RuntimeError])  # torch.save raises either
 def test_a_full_disk_spares_the_checkpoint(half, tiny, monkeypatch, error):
     def save(checkpoint, path):
-        Path(path).write_bytes(b"half a file")
+        if error is OSError:  # the other comes before there is a file
+            Path(path).write_bytes(b"half a file")
         raise error("no space left on device")
 
     for name in METHODS:
@@ -191,7 +201,7 @@ def test_a_reader_who_leaves_ends_the_run_in_one_line(tiny, tmp_path):
     command = f"{sys.executable} {ROOT / 'simclr.py'} --epochs 9 --data-dir {tiny} --device cpu"
     command = ["bash", "-c", f"set -o pipefail; {command} --batch-size 160 | head -1"]
     process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert process.stdout == "device cpu, bf16 False, processes 1\n" and process.returncode
+    assert process.stdout == "cpu, bf16 False, processes 1, steps 18\n" and process.returncode
     assert "Broken pipe" in process.stderr and "Traceback" not in process.stderr
     assert len(torch.load(tmp_path / "simclr.pt", weights_only=True)["metrics"]) < 9
 
@@ -245,10 +255,14 @@ OPTIONS = [
     (METHODS, ["--lr", "1e20"], "is not finite: lower --lr"),
     (METHODS, ["--dataset", "no-such-folder"], "--dataset no-such-folder is neither"),
     (["simclr", "moco"], ["--temperature", "0"], "--temperature"),
+    (METHODS[:3], ["--hidden-dim", "0"], "above 0"),
+    (["simsiam"], ["--bottleneck-dim", "0"], "above 0"),
     (["moco"], ["--momentum", "1.5"], "--momentum is from 0 to 1"),
+    (["moco"], ["--momentum", "-0.1"], "--momentum is from 0 to 1"),
     (["moco"], ["--queue-size", "0"], "above 0"),
     (["moco"], ["--queue-size", "many"], "--queue-size: invalid int value: 'many'"),
     (["byol"], ["--tau", "-0.1"], "--tau is from 0 to 1"),
+    (["byol"], ["--tau", "1.5"], "--tau is from 0 to 1"),
 ]
 if not torch.cuda.is_available():
     OPTIONS += [(METHODS, ["--device", "cuda"], "--device: invalid choice: 'cuda'")]
@@ -277,7 +291,16 @@ def test_processes_must_share_the_batch(tiny, tmp_path, monkeypatch, world, batc
 def test_a_world_size_left_by_an_earlier_job_is_no_matter(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     process = train(tmp_path, tiny, "moco", "--epochs", "1")
-    assert process.returncode == 0 and process.stdout.startswith("device cpu, bf16 False, proc")
+    assert process.returncode == 0 and process.stdout.startswith("cpu, bf16 False, processes 1,")
+
+
+def test_a_run_on_images_without_labels_takes_no_knn(tmp_path):
+    write_images(tmp_path / "images", 8)
+    for name in METHODS:
+        options = ["--dataset", "images", "--batch-size", 4, "--epochs", 1]
+        process = train(tmp_path, tmp_path / "data", name, *options)
+        assert process.returncode == 0 and "epoch 1 " in process.stdout, process.stderr
+        assert "knn" not in process.stdout
 
 
 def test_a_run_without_docstrings_in_an_ascii_terminal(tiny, tmp_path):

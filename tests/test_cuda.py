@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 def test_two_epochs_on_a_gpu(name, bf16, tiny, tmp_path):
     process = train(tmp_path, tiny, name, "--device", "cuda", bf16)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith(f"device cuda, bf16 {bf16 == '--bf16'}, processes 1")
+    assert process.stdout.startswith(f"cuda, bf16 {bf16 == '--bf16'}, processes 1")
     last = torch.load(tmp_path / f"{name}.pt", weights_only=True)["metrics"][-1]
     assert math.isfinite(last["loss"]) and 0 < last["z_std"] < 1.5 and last["knn"] > 10
     options = ["--weights", f"{name}.pt", "--data-dir", tiny, "--device", "cuda"]

@@ -24,12 +24,13 @@ def train_some(name, data, epochs, out, patch, **changes):
 
 def accuracy(encoder, data, known, scored, n_labels, draws):
     """Return the mean accuracy of a linear probe over some draws of labels."""
-    test = linear_eval.extract_features(encoder, data.train_images, scored)
+    test = linear_eval.extract_features(encoder, data.train_images[scored])
     correct = 0
     for seed in range(draws):
-        drawn = linear_eval.draw_labels(data.train_labels, known, n_labels, seed)
-        train = linear_eval.extract_features(encoder, data.train_images, drawn)
-        guesses, _ = linear_eval.linear_probe(train, data.train_labels[drawn], test, 10)
+        drawn = linear_eval.draw_labels(data.train_labels, known, n_labels, data.classes, seed)
+        train = linear_eval.extract_features(encoder, data.train_images[drawn])
+        layer, _ = linear_eval.linear_probe(train, data.train_labels[drawn], 10)
+        guesses = layer(test).argmax(dim=1)
         correct += (guesses == data.train_labels[scored]).double().mean().item()
     return 100 * correct / draws
 

@@ -492,7 +492,10 @@ def test_a_variant_is_evaluated_without_its_script(checkpoint, tiny, tmp_path):
         (["--labels", "330"], "--labels 330: T-shirt/top has 32 images, not 33"),
         (["--trials", "0"], "--trials 0"),
         (["--validation", "-1"], "--validation -1"),
-        (["--dataset", "photos"], "byol.pt is for convnet, [1, 28, 28], but this is convnet, [3, 28, 28]"),
+        (
+            ["--dataset", "photos"],
+            "byol.pt is for convnet, [1, 28, 28], but this is convnet, [3, 28, 28]",
+        ),
     ],
 )
 def test_bad_options_are_refused(checkpoint, tiny, options, words):

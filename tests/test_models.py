@@ -34,22 +34,29 @@ def move(network):
         p.data += 0.05 * torch.randn_like(p)
 
 
+def layers(head):
+    """The inputs, outputs and bias of linear layers, whether BatchNorm scales and shifts, ReLU."""
+    found = []
+    for m in head:
+        if isinstance(m, nn.Linear):
+            found.append((m.in_features, m.out_features, m.bias is not None))
+        else:
+            found.append((type(m), m.affine) if isinstance(m, nn.BatchNorm1d) else type(m))
+    return found
+
+
 def test_heads():
-    """The sizes of linear layers, and the kinds of the others."""
-
-    def layers(head):
-        return [(m.in_features, m.out_features) if type(m) is nn.Linear else type(m) for m in head]
-
-    norm, relu = nn.BatchNorm1d, nn.ReLU
+    """A bias everywhere but before BatchNorm, which has its own."""
+    norm, relu = (nn.BatchNorm1d, True), nn.ReLU
     models = {name: build(name)[0] for name in BUILD}
-    assert layers(models["simclr"].projector) == [(2048, 16), norm, relu, (16, 8)]
-    assert layers(models["moco"].projector) == [(2048, 16), relu, (16, 8)]  # MoCo v2: no BatchNorm
-    assert layers(models["byol"].projector) == [(2048, 16), norm, relu, (16, 8)]
-    assert layers(models["byol"].predictor) == [(8, 16), norm, relu, (16, 8)]
-    assert layers(models["simsiam"].projector) == [(2048, 8), norm, relu, (8, 8), norm]
-    assert layers(models["simsiam"].predictor) == [(8, 4), norm, relu, (4, 8)]
-    affine = [m.affine for m in models["simsiam"].projector if isinstance(m, norm)]
-    assert affine == [True, False]  # SimSiam, section 4.4 and the authors' code
+    mlp = [(2048, 16, False), norm, relu, (16, 8, True)]
+    assert layers(models["simclr"].projector) == layers(models["byol"].projector) == mlp
+    assert layers(models["moco"].projector) == [(2048, 16, True), relu, (16, 8, True)]  # as MoCo v2
+    assert layers(models["byol"].predictor) == [(8, 16, False), norm, relu, (16, 8, True)]
+    last = (nn.BatchNorm1d, False)  # SimSiam, section 4.4 and the authors' code
+    expected = [(2048, 8, False), norm, relu, (8, 8, False), last]
+    assert layers(models["simsiam"].projector) == expected
+    assert layers(models["simsiam"].predictor) == [(8, 4, False), norm, relu, (4, 8, True)]
 
 
 @pytest.mark.parametrize("name", BUILD)

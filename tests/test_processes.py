@@ -120,6 +120,6 @@ runpy.run_path({str(ROOT / "byol.py")!r}, run_name="__main__")
     process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
     assert process.returncode != 0 and "the second process fails" in process.stderr
     first, line = process.stdout.strip().splitlines()
-    assert first == "device cpu, bf16 False, processes 2" and line.startswith("epoch 1  loss ")
+    assert first == "cpu, bf16 False, processes 2, steps 15" and line.startswith("epoch 1  loss ")
     assert [path.name for path in tmp_path.glob("*.pt*")] == ["run.pt"]
     assert len(torch.load(tmp_path / "run.pt", weights_only=True)["metrics"]) == 1

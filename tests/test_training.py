@@ -12,7 +12,6 @@ import torch
 from conftest import METHODS, in_float64
 from torch import nn
 from torch.nn.functional import normalize
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 CLASSES = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL", "simsiam": "SimSiam"}
 # Other values than the default ones, so that a loop that ignores an option is seen.
@@ -28,11 +27,11 @@ def watch(name, tiny, folder, *options, images=320, epochs=2, batch=32):
     """Train with a script on some of the tiny images; return what could be seen.
 
     x: the images given to augment. draws: a random number of each call. solarize: its argument.
-    views: what forward got. outputs: what it returned. autocast: whether it ran under it. rates: of
-    each step. first and model: before and after training. metrics: the checkpoint's.
+    views: what forward got. outputs: what it returned. autocast: its type, or False. first and
+    model: before and after training. metrics: the checkpoint's.
     """
     script, out = importlib.import_module(name), folder / "run.pt"
-    seen = SimpleNamespace(x=[], draws=[], solarize=[], views=[], outputs=[], autocast=[], rates=[])
+    seen = SimpleNamespace(x=[], draws=[], solarize=[], views=[], outputs=[], autocast=[])
     network = getattr(script, CLASSES[name])
 
     def augment(x, solarize=0.0):  # instead: the image, and its mirror image
@@ -46,7 +45,8 @@ def watch(name, tiny, folder, *options, images=320, epochs=2, batch=32):
             if not seen.views:
                 seen.first, seen.model = copy.deepcopy(self), self
             seen.views.append(views)
-            seen.autocast.append(torch.is_autocast_enabled("cpu"))
+            enabled = torch.is_autocast_enabled("cpu")
+            seen.autocast.append(enabled and torch.get_autocast_dtype("cpu"))
             seen.outputs.append(super().forward(*views))
             return seen.outputs[-1]
 
@@ -55,18 +55,13 @@ def watch(name, tiny, folder, *options, images=320, epochs=2, batch=32):
         x, labels = data.train_images[:images], data.train_labels[:images]
         return data._replace(train_images=x, train_labels=labels)
 
-    def step(optimizer, *_):
-        seen.rates.append([group["lr"] for group in optimizer.param_groups])
-
     fixed = ["--data-dir", tiny, "--epochs", epochs, "--batch-size", batch, "--device", "cpu"]
     args = script.parse_args([*map(str, [*fixed, "--out", out, *options])])
-    hook = register_optimizer_step_post_hook(step)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "augment", augment)
         patch.setattr(script, "load_dataset", load_dataset)
         patch.setattr(script, CLASSES[name], Watched)
         script.train(args)
-    hook.remove()
     seen.metrics = torch.load(out, weights_only=True)["metrics"]
     out.unlink()
     return seen
@@ -184,10 +179,19 @@ def test_bf16_is_used_when_asked_for(tiny, tmp_path, run):
     name, plain = run
     assert not any(plain.autocast)
     seen = watch(name, tiny, tmp_path, "--bf16", epochs=1, images=32, batch=16)
-    assert seen.autocast == [True, True]
+    assert seen.autocast == [torch.bfloat16] * 2
     assert all(x.dtype == torch.float32 for x in seen.outputs[0])
     x = nn.Sequential(seen.first.backbone, seen.first.projector)(seen.views[0][0])
     assert not torch.equal(seen.outputs[0][-1], x) and math.isfinite(seen.metrics[0]["loss"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_backbone_and_image_size_are_used(name, tiny, tmp_path):
+    options = ["--backbone", "vit", "--image-size", 16]
+    seen = watch(name, tiny, tmp_path, *options, epochs=1, images=32, batch=16)
+    vit = common.build_backbone("vit", in_channels=1, image_size=16)
+    assert seen.model.backbone.state_dict().keys() == vit.state_dict().keys()
+    assert seen.x[0].shape == (16, 1, 16, 16)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -100,7 +100,7 @@ def all_runs():
     for steps, dataset, name in product((4_000, 40_000), (*SMALL, CIFAR), ("simclr", "byol")):
         epochs = steps // 400 if dataset == CIFAR else round(steps / (DATASETS[dataset][0] // 128))
         frozen = Evaluation((100, 200, "all"), dataset=SMALL[-1])
-        baselines = " --baselines" * (name == "simclr" and dataset == SMALL[0])
+        baselines = " --baselines" * (name == "simclr" and dataset == SMALL[1])
         trained = frozen._replace(flags=f"--finetune{baselines}")
         yield Run("photos", name, dataset, epochs, 0, (frozen, trained))
 
@@ -262,7 +262,9 @@ def facts(run, saved, commit):
 def training_row(run, saved, commit):
     """Return a row with what the training itself printed last."""
     device, last = saved["args"]["device"], saved["metrics"][-1]
-    row = dict(kind="training", training_knn=last.get("knn", ""), z_std=last["z_std"])
+    row = dict(kind="training", z_std=round(last["z_std"], 5))
+    if "knn" in last:
+        row["training_knn"] = round(last["knn"], 2)
     row["device"] = torch.cuda.get_device_name() if device == "cuda" else processor()
     row |= dict(threads=os.environ.get("OMP_NUM_THREADS", ""), torch=torch.__version__)
     return facts(run, saved, commit) | row
@@ -524,8 +526,8 @@ def start(job, args):
 
 def work(runs, rows, args):
     """Start job after job, and append rows as they come."""
-    running, failed, begun = {}, set(), time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    running, failed, over, begun = {}, set(), set(), time.monotonic()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     for run in runs:  # what a killed measurement has left
         collect(run, rows, args)
     try:
@@ -547,10 +549,12 @@ def work(runs, rows, args):
             for run in runs:
                 if len(running) >= args.jobs:
                     break
-                if identity(run) in busy | failed:
+                if run in over or identity(run) in busy | failed:
                     continue
                 jobs = jobs_of(run, rows, args)
-                if not jobs and not described(run, rows):
+                if not jobs and described(run, rows):
+                    over.add(run)
+                elif not jobs:
                     collect(run, rows, args)
                 end = time.monotonic() - begun + seconds_of(jobs[0], args) if jobs else math.inf
                 if end < 60 * args.minutes:
@@ -560,6 +564,7 @@ def work(runs, rows, args):
                 return
             time.sleep(1)
     finally:
+        signal.signal(signal.SIGTERM, before)
         for process, (job, _) in running.items():
             process.terminate()
             process.wait()

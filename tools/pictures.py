@@ -214,10 +214,10 @@ def draw_views_of(saved, data, path):
 def read_rows(path):
     """Return the lines of a csv file as dictionaries."""
     with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "accuracy" not in rows[0]:
-        raise DataError(f"{path} holds no scores that linear_eval.py --csv has written")
-    return rows
+        reader = csv.DictReader(file)
+        if "accuracy" not in (reader.fieldnames or ()):
+            raise DataError(f"{path} holds no scores that linear_eval.py --csv has written")
+        return list(reader)
 
 
 def scores_of(rows):
@@ -341,6 +341,34 @@ def draw_time(rows, path):
     save(figure, path)
 
 
+def draw_accuracy(rows, path):
+    """Draw bars of the four methods on both data sets; a random network and labels only as lines."""
+    figure, [panes] = panels(10, 3.6, 1, 2)
+    for axes, dataset in zip(panes, ("Fashion-MNIST", "CIFAR-10 (JPEG)"), strict=True):
+        part = [row for row in rows if row["dataset"] == dataset and row["labels"] == "1000"]
+        for kind, style in (("random init", "--"), ("labels only", ":")):
+            values = [float(row["accuracy"]) for row in part if row["kind"] == kind]
+            if not values:
+                return print(f"{path}: results.csv has no rows of {kind} on {dataset}")
+            title = {"random init": "random network"}.get(kind, kind)
+            axes.axhline(statistics.mean(values), color="0.2", linestyle=style, label=title)
+        for i, epochs in enumerate(("10", "100")):
+            for j, method in enumerate(METHODS):
+                found = [row for row in part if (row["run"], row["epochs"]) == (method, epochs)]
+                values = [float(row["accuracy"]) for row in found if row["kind"] == "linear"]
+                if values:
+                    mean, label = statistics.mean(values), f"{epochs} epochs" if j == 0 else None
+                    bar = axes.bar(j + 0.4 * i - 0.2, mean, 0.38, color=f"C{i}", label=label)
+                    axes.bar_label(bar, [f"{mean:.1f}"], fontsize=8)
+        axes.set_xticks(range(len(METHODS)), METHODS.values())
+        lowest = min(line.get_ydata()[0] for line in axes.lines)
+        highest = max(patch.get_height() for patch in axes.patches)
+        axes.set(title=f"{dataset}, 1,000 labels", ylim=(lowest - 5, highest + 3))
+    panes[0].set_ylabel("test accuracy (%)")
+    figure.legend(*panes[1].get_legend_handles_labels(), loc="outside right center")
+    save(figure, path)
+
+
 def draw_docs(args, loaded):
     """Draw the pictures of docs/, but methods.png, which is drawn by hand."""
     docs = Path(args.out)
@@ -349,6 +377,7 @@ def draw_docs(args, loaded):
     rows = [row for row in rows if row["scored"] == "test" and row["script"] == "linear_eval"]
     rows = [row for row in rows if row["backbone"] == "convnet"]
     draw_time(rows, docs / "accuracy-over-time.png")
+    draw_accuracy(rows, docs / "accuracy.png")
     for dataset, name in (("CIFAR-10 (JPEG)", "labels-cifar10"), ("Fashion-MNIST", "labels")):
         part = []
         for row in rows:

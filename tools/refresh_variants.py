@@ -23,6 +23,9 @@ def refresh(path):
     with tempfile.TemporaryDirectory() as folder:
         for script in ROOT.glob("*.py"):
             shutil.copy(script, folder)
+        [source] = re.findall(r"^copy from (.+)\.py$", path.read_text(), re.M)
+        if not (ROOT / f"{source}.py").exists():  # it changes what another diff makes
+            git(folder, "apply", "-C1", path.with_name(f"{source}.diff"))
         git(folder, "init")
         git(folder, "add", ".")
         # One line around a change must still be there.

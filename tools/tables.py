@@ -5,7 +5,8 @@
 
 On a page, a table stands between <!-- table: NAME --> and <!-- end -->; what is between is
 replaced. In a script, `91.0% (random network: 88.1%)` and `5 minutes, one CPU core` are. A dash is
-what has not been measured.
+what has not been measured. A row without figures is left out, and a table without any stays as it
+stands on the page: there it says which version it is from.
 """
 
 import argparse
@@ -395,7 +396,11 @@ def fill(text, rows):
     def table(match):
         if match[2] not in TABLES:
             sys.exit(f"there is no table {match[2]}, only {', '.join(TABLES)}")
-        return f"{match[1]}\n\n{TABLES[match[2]](rows)}\n\n<!-- end -->"
+        blank, lines = (TABLES[match[2]](x).splitlines() for x in (Rows(), rows))
+        if lines == blank:
+            return match[0]
+        measured = [line for line in lines if " - |" not in line or line not in blank]
+        return "\n\n".join([match[1], "\n".join(measured), "<!-- end -->"])
 
     marked = re.compile(r"^(<!-- table: (\S+) -->)$.*?^<!-- end -->$", re.M | re.S)
     return marked.sub(table, text)

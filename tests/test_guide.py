@@ -1,0 +1,89 @@
+"""The snippets of docs/guide.md run as they stand, one after the other, and do what they say."""
+
+import csv
+import re
+
+import linear_eval
+import numpy as np
+import pytest
+import simclr
+import torch
+from conftest import ROOT, write_images
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The folder in which all snippets ran, and the variables that each left, by its last line."""
+    folder = tmp_path_factory.mktemp("guide")
+    write_images(folder / "photos" / "2019" / "summer", 12)
+    (folder / "photos/2019/summer/3.png").rename(folder / "photos/2019/summer/beach.jpg")
+    write_images(folder / "album" / "train" / "cat", 12, channels=(255, 60, 60))
+    write_images(folder / "album" / "train" / "dog", 16, channels=(60, 60, 255))
+    write_images(folder / "album" / "test" / "dog", 2, channels=(60, 60, 255))
+    write_images(folder / "album" / "unlabelled", 9, channels=(60, 60, 255))
+    variables = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(linear_eval, "STEPS", 40)
+        for name in ("photos", "album"):
+            options = ["--dataset", name, "--out", f"{name}.pt", "--epochs", "1"]
+            simclr.train(simclr.parse_args([*options, "--batch-size", "12", "--device", "cpu"]))
+        for snippet in SNIPPETS:
+            variables.append({})
+            exec(snippet, variables[-1])
+    return folder, dict(zip(map(first_use, SNIPPETS), variables, strict=True))
+
+
+def first_use(snippet):
+    """Return what tells one snippet from the others."""
+    words = "np.savez", "argsort(-", "predictions", "train_with_labels", "simclr", "export.save"
+    words += "export.load", "build_backbone"
+    return next((word for word in words if word in snippet), snippet)
+
+
+def test_features_are_saved_and_compared(ran):
+    folder, variables = ran
+    saved = np.load(folder / "features.npz")
+    data, encoder = variables["np.savez"]["data"], variables["np.savez"]["encoder"]
+    expected = linear_eval.extract_features(encoder, data.train_images)
+    torch.testing.assert_close(torch.from_numpy(saved["features"]), expected)
+    assert saved["paths"].tolist() == list(data.paths) and len(data.paths) == 12
+    similar = variables["argsort(-"]
+    assert similar["paths"][np.argmax(similar["cosines"])] == "2019/summer/beach.jpg"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FileExistsError):
+        patch.chdir(folder)  # a second run does not replace the file
+        exec(next(text for text in SNIPPETS if "np.savez" in text), {})
+
+
+def test_predictions_of_all_that_have_no_label(ran):
+    folder, variables = ran
+    with open(folder / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["path"] for row in rows) == [f"unlabelled/{i}.png" for i in range(9)]
+    assert [row["class"] for row in rows].count("dog") >= 7  # they are as blue as the dogs
+    probabilities = [float(row["probability"]) for row in rows]
+    assert probabilities == sorted(probabilities, reverse=True) and 0.5 <= probabilities[-1]
+    tuned = variables["train_with_labels"]
+    assert tuned["label"].tolist().count(1) >= 7 and len(tuned["probability"]) == 9
+
+
+def test_exported_program(ran):
+    folder, variables = ran
+    encoder, _ = linear_eval.load_encoder(folder / "photos.pt")
+    program = variables["export.load"]["encoder"]
+    assert variables["export.load"]["features"].shape == (7, 2048)
+    for n in (1, 7):
+        x = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8)
+        torch.testing.assert_close(program(x), encoder(x), rtol=1e-4, atol=1e-5)
+
+
+def test_backbone_in_own_code(ran):
+    folder, variables = ran
+    encoder, _ = linear_eval.load_encoder(folder / "photos.pt")
+    backbone = variables["build_backbone"]["backbone"]
+    for a, b in zip(backbone.parameters(), encoder[-1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert variables["build_backbone"]["logits"].shape == (5, 3)
+    assert (folder / "notebook.pt").exists()

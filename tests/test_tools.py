@@ -1,0 +1,136 @@
+"""What is run by hand: each tool once, and the pictures of images that are not as one expects."""
+
+import csv
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pictures
+import pytest
+import torch
+from conftest import ROOT, call, train, write_fashion_mnist, write_images
+from PIL import Image
+
+
+KINDS = "map", "neighbours", "views"
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    """A folder with two checkpoints whose names differ by / and - alone, and photos of one."""
+    folder = tmp_path_factory.mktemp("pictures")
+    assert train(folder, tiny, "byol", "--out", "a/b.pt").returncode == 0
+    assert train(folder, tiny, "simclr", "--out", "a-b.pt").returncode == 0
+    write_images(folder / "photos", 30)
+    options = ["--dataset", "photos", "--epochs", 1, "--batch-size", 20, "--device", "cpu"]
+    assert call(folder, "simclr.py", *options).returncode == 0
+    options = ["--data-dir", tiny, "--labels", 20, "all", "--trials", 2, "--device", "cpu"]
+    process = call(folder, "linear_eval.py", "--weights", "a/b.pt", *options, "--csv", "s.csv")
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+def draw(folder, data, *options):
+    return call(folder, "tools/pictures.py", "--data-dir", data, *options)
+
+
+def check(folder, names):
+    """The pictures are there, no others, and not empty."""
+    assert {path.name for path in folder.iterdir()} == names
+    for path in folder.iterdir():
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        assert min(pixels.shape[:2]) > 200 and pixels.std() > 10
+
+
+def test_pictures_of_two_checkpoints(runs, tiny, tmp_path):
+    weights = ["--weights", "a/b.pt", "a-b.pt", "--csv", "s.csv"]
+    process = draw(runs, tiny, *weights, "--out", tmp_path / "new" / "pictures")
+    assert process.returncode == 0, process.stderr
+    names = {f"{kind}-{name}.png" for kind in KINDS for name in ("a-b", "a-b-2")}
+    check(tmp_path / "new" / "pictures", names | {"curves.png", "labels-fashion-mnist-test.png"})
+
+
+def test_pictures_of_images_without_labels(runs, tmp_path):
+    process = draw(runs, "data", "--weights", "simclr.pt", "--out", tmp_path)
+    assert process.returncode == 0, process.stderr
+    names = {f"{kind}-simclr.png" for kind in KINDS}
+    check(tmp_path, names | {"curves.png"})
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_few_photos(runs, tmp_path, n):
+    write_images(tmp_path / "few", n)
+    options = ["--weights", "simclr.pt", "--dataset", tmp_path / "few", "--out", tmp_path / "out"]
+    process = draw(runs, tmp_path, *options)
+    assert (process.returncode == 0) == (n == 4), process.stderr
+    assert n == 4 or "4 are needed" in process.stderr
+
+
+def test_equal_features_have_no_map(tmp_path, capsys):
+    """t-SNE would end the process with a segmentation fault."""
+    features = {"dead": torch.ones(40, 8), "alive": torch.rand(40, 8)}
+    labels = torch.arange(40) % 2
+    pictures.draw_map(features, torch.zeros(40, 1, 9, 9), labels, ("a", "b"), tmp_path / "map.png")
+    assert list(features) == ["alive"] and (tmp_path / "map.png").exists()
+    assert "dead: (almost) all features are equal" in capsys.readouterr().out
+    pictures.draw_map({"dead": torch.ones(40, 8)}, None, labels, (), tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_unusual_class_names(tmp_path, capsys, monkeypatch):
+    """All classes are in the map and its legend, as they are called, and nothing warns."""
+    classes = ("_background_", "$5_$10", "猫", *(f"class {k}" for k in range(9)))
+    saved, save, labels = [], pictures.save, torch.arange(48) % 12
+    monkeypatch.setattr(pictures, "save", lambda *args: saved.append(args[0]) or save(*args))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = torch.zeros(48, 1, 9, 9)
+        pictures.draw_map({"x": torch.rand(48, 8)}, images, labels, classes, tmp_path / "map.png")
+    [axes] = saved[0].axes
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts == [" _background_", r"\$5_\$10", "猫", *classes[3:]]
+    dots = axes.collections
+    styles = {(str(x.get_facecolor()), x.get_paths()[0].vertices.tobytes()) for x in dots}
+    assert len(styles) == 12 and all(len(x.get_offsets()) == 4 for x in dots)
+    assert capsys.readouterr().out.count("the font lacks some characters") == 1
+
+
+def test_pictures_of_the_documentation(runs, tmp_path):
+    base = dict(dataset="CIFAR-10 (JPEG)", scored="test", labels=1000, script="linear_eval")
+    base |= dict(backbone="convnet", device="CPU")
+    rows = [base | dict(kind="random init", row="random init", accuracy=34)]
+    for epochs in (10, 100):
+        row = dict(kind="linear", row="a.pt", run="simclr", epochs=epochs, accuracy=50)
+        rows.append(base | row | dict(training_seconds=60 * epochs))
+    with open(tmp_path / "results.csv", "w") as file:
+        writer = csv.DictWriter(file, rows[1])
+        writer.writeheader()
+        writer.writerows(rows)
+    options = ["--docs", "--csv", tmp_path / "results.csv", "--out", tmp_path / "docs"]
+    (tmp_path / "docs").mkdir()
+    process = draw(runs, "data", *options)
+    assert process.returncode == 0, process.stderr
+    check(tmp_path / "docs", {"family.png", "accuracy-over-time.png", "labels-cifar10.png"})
+
+
+def test_scores_of_another_kind_are_refused(runs, tmp_path):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    process = draw(runs, "data", "--csv", tmp_path / "other.csv", "--out", tmp_path)
+    assert process.returncode == 1 and "holds no scores" in process.stderr
+    assert process.stderr.count("\n") == 1
+
+
+def test_benchmark(tmp_path):
+    data = write_fashion_mnist(tmp_path / "data", n_train=520)
+    options = ["--rounds", 1, "--images", 520, "--methods", "simsiam", "--data-dir", data]
+    process = call(tmp_path, "tools/benchmark.py", *options, "--device", "cpu")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("simsiam") == 2 and "time ratio" in process.stdout
+
+
+def test_kill(tmp_path):
+    command = [sys.executable, ROOT / "tools" / "kill.py", "--kills", "1", "--methods", "simclr"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.endswith("all the same\n")
