@@ -342,7 +342,7 @@ def draw_time(rows, path):
 
 
 def draw_accuracy(rows, path):
-    """Draw bars of the four methods on both data sets; a random network and labels only as lines."""
+    """Draw bars of the methods on both data sets, a random network and labels only as lines."""
     figure, [panes] = panels(10, 3.6, 1, 2)
     for axes, dataset in zip(panes, ("Fashion-MNIST", "CIFAR-10 (JPEG)"), strict=True):
         part = [row for row in rows if row["dataset"] == dataset and row["labels"] == "1000"]
