@@ -186,7 +186,7 @@ def load_folder(folder, data_dir, image_size):
     )
     ignored = by_folder(set(images).difference(names)) + ignored
     print(f"ignored: {', '.join(ignored) or 'nothing'}")
-    images = read_images(folder, names, data_dir, image_size)
+    images = read_images(folder.resolve(), names, data_dir, image_size)
     labels = torch.tensor(labels)
     return Dataset(images[:n], labels[:n], images[n:], labels[n:], tuple(classes), names)
 
@@ -216,14 +216,14 @@ def by_folder(names):
 def read_images(folder, names, data_dir, image_size):
     """Return images (n, 3, image_size, image_size), mapped into memory: they need not fit there."""
     key = hashlib.sha256()
-    paths = [folder.resolve() / name for name in names]
+    paths = [folder / name for name in names]
     for path in paths:
         with suppress(OSError), path.open("rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             key.update(os.fsencode(f"{path} {status.st_size} {status.st_mtime_ns}"))
             file.seek(status.st_size // 2)  # many files begin alike
             key.update(file.read(1024))
-    cache = data_dir / f"{folder.resolve().name}-{image_size}-{key.hexdigest()[:16]}.uint8"
+    cache = data_dir / f"{folder.name}-{image_size}-{key.hexdigest()[:16]}.uint8"
     shape = torch.Size([len(names), 3, image_size, image_size])
     if not cache.is_file() or cache.stat().st_size != shape.numel():
         decode_images(paths, image_size, cache)
