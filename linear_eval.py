@@ -185,7 +185,7 @@ def load(args):
         images, labels = data.train_images[scored], data.train_labels[scored]
         data = data._replace(test_images=images, test_labels=labels)
     if len(known) < 2 or not len(data.test_labels):
-        raise DataError(f"{args.dataset}: few labels or no test images, see --validation, guide.md")
+        raise DataError(f"{args.dataset} has too few labels, or no test images: try --validation N")
 
     moments = data.mean.tolist(), data.std.tolist()
     torch.manual_seed(args.seed)
