@@ -155,8 +155,6 @@ def train_with_labels(encoder, images, labels, n_classes, seed=0, backbone_lr=FI
 
 def draw_labels(labels, indices, budget, classes, seed):
     """Draw `budget` of the `indices`, equally many of each of `classes`; return them sorted."""
-    if budget == len(indices):
-        return indices
     groups = [indices[labels[indices] == label] for label in range(len(classes))]
     most = len(classes) * min(map(len, groups))
     if budget not in range(len(classes), most + 1, len(classes)):
@@ -185,7 +183,8 @@ def load(args):
         images, labels = data.train_images[scored], data.train_labels[scored]
         data = data._replace(test_images=images, test_labels=labels)
     if len(known) < 2 or not len(data.test_labels):
-        raise DataError(f"{args.dataset} has too few labels, or no test images: try --validation N")
+        numbers = f"{len(known)} images with labels to learn from, {len(data.test_labels)} to score"
+        raise DataError(f"{args.dataset} has {numbers}: see --validation in docs/guide.md")
 
     moments = data.mean.tolist(), data.std.tolist()
     torch.manual_seed(args.seed)
@@ -252,8 +251,9 @@ def main(argv=None):
     draws = {}  # number of labels: {seed: indices of the images}
     for n in sorted({len(known) if n == "all" else int(n) for n in args.labels}):
         seeds = range(10_000 * args.seed, 10_000 * args.seed + args.trials)
-        seeds = seeds if n != len(known) else [""]  # all can be drawn in one way only
-        draws[n] = {x: draw_labels(data.train_labels, known, n, classes, x) for x in seeds}
+        draws[n] = {"": known}  # all of them can be drawn in one way only
+        if n != len(known):
+            draws[n] = {x: draw_labels(data.train_labels, known, n, classes, x) for x in seeds}
 
     most, width = data.train_labels[known].mode().values, max(len(row[0]) for row in rows)
     uneven = len(truth.bincount(minlength=n_classes).unique()) > 1
