@@ -281,13 +281,13 @@ def brute_force_knn(train, train_labels, test, test_labels, k, temperature):
     return 100 * correct / len(test_labels)
 
 
-@pytest.mark.parametrize("k, temperature", [(1, 0.1), (7, 0.1), (20, 0.5), (500, 0.1)])
-def test_knn_equals_brute_force(k, temperature):
-    train, train_labels = clusters(150)
+@pytest.mark.parametrize("options", [(1, 0.1), (20, 0.5), (500, 0.1), ()])
+def test_knn_equals_brute_force(options):
+    train, train_labels = clusters(250)
     test, test_labels = clusters(90, seed=1)
     units = F.normalize(train, dim=1), train_labels, F.normalize(test, dim=1), test_labels
-    found = linear_eval.knn_accuracy(*units, k, temperature)
-    expected = brute_force_knn(train, train_labels, test, test_labels, k, temperature)
+    found = linear_eval.knn_accuracy(*units, *options)
+    expected = brute_force_knn(train, train_labels, test, test_labels, *(options or (200, 0.1)))
     assert found == pytest.approx(expected, abs=1e-9) and 30 < found < 100
 
 
@@ -307,18 +307,6 @@ def test_fit_finds_the_minimum_of_logistic_regression(n_classes, factor):
         else:
             logits = logits - logits.mean(dim=1, keepdim=True)
         torch.testing.assert_close(logits, torch.tensor(expected).float(), atol=0.02, rtol=0)
-
-
-@pytest.mark.parametrize("n, dim", [(60, 100), (400, 30), (2400, 20)])
-def test_probe_agrees_with_scikit_learn(n, dim):
-    train, train_labels = clusters(n, dim, spread=dim**0.5 / 2)
-    test, test_labels = clusters(2000, dim, seed=1, spread=dim**0.5 / 2)
-    a, b = F.normalize(train, dim=1), F.normalize(test, dim=1)
-    layer, c = linear_eval.linear_probe(a, train_labels, 4)
-    reference = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(a, train_labels)
-    expected = 100 * reference.score(b.numpy(), test_labels.numpy())
-    found = accuracy(layer(b).argmax(dim=1), test_labels)
-    assert found == pytest.approx(expected, abs=0.3) and 40 < expected < 99.5
 
 
 @pytest.mark.parametrize("strong", [True, False])
@@ -396,8 +384,9 @@ def test_uneven_classes(photos, monkeypatch):
     options = ["--weights", "simclr.pt", "--dataset", "pets", "--validation"]
     process = evaluate(photos, "data", *options, 8, "--report")
     assert process.returncode == 0, process.stderr
-    rows = re.findall(r"^(\S.*?) {2,}([\d.]+) +[\d.]+ +([\d.]+)\n", process.stdout, re.M)
-    assert [row[0] for row in rows] == [*UNTRAINED, "simclr.pt"]
+    cells = r" +([\d.]+) +[\d.]+ +([\d.]+)$"
+    rows = re.findall(rf"^(raw pixels|random init|simclr.pt){cells}", process.stdout, re.M)
+    assert len(rows) == 3
     matrices = re.findall(r"\[\[ ?(\d+) +(\d+)\]\n \[ ?(\d+) +(\d+)\]\]", process.stdout)
     for (_, plain, balanced), matrix in zip(rows, matrices, strict=True):
         a, b, c, d = map(int, matrix)
@@ -425,10 +414,7 @@ BAD = {
     "tensor": lambda path, saved: torch.save(torch.ones(3), path),
     "pickle": lambda path, saved: path.write_bytes(pickle.dumps(Payload())),
     "torch pickle": lambda path, saved: torch.save(saved | {"model": Payload()}, path),
-    "no metrics": lambda path, saved: (
-        torch.save(saved | {"metrics": saved.pop("metrics")}, path)
-        or torch.save({k: v for k, v in saved.items() if k != "metrics"}, path)
-    ),
+    "no metrics": lambda path, saved: saved.pop("metrics") and torch.save(saved, path),
 }
 WEIGHTS = {
     "missing weight": lambda model: model.pop("backbone.0.weight"),
@@ -463,10 +449,7 @@ def test_bad_weights_are_refused_in_one_line(checkpoint, tiny, tmp_path, kind):
         (["--labels", "330"], "--labels 330: take a multiple of 10, at most 320"),
         (["--trials", "0"], "--trials is 1 or more"),
         (["--validation", "-1"], "--validation 0 or more"),
-        (
-            ["--dataset", "photos"],
-            "byol.pt: convnet, [1, 28, 28], not convnet, [3, 28, 28]",
-        ),
+        (["--dataset", "photos"], "byol.pt: convnet, [1, 28, 28], not convnet, [3, 28, 28]"),
     ],
 )
 def test_bad_options_are_refused(checkpoint, tiny, options, words):
