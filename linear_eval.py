@@ -156,9 +156,11 @@ def train_with_labels(encoder, images, labels, n_classes, seed=0, backbone_lr=FI
 def draw_labels(labels, indices, budget, classes, seed):
     """Draw `budget` of the `indices`, equally many of each of `classes`; return them sorted."""
     groups = [indices[labels[indices] == label] for label in range(len(classes))]
-    most = len(classes) * min(map(len, groups))
+    fewest, rare = min(zip(map(len, groups), classes, strict=True))
+    most = len(classes) * fewest
     if budget not in range(len(classes), most + 1, len(classes)):
-        raise DataError(f"--labels {budget}: take a multiple of {len(classes)}, at most {most}")
+        why = f"{rare} has {fewest} images"
+        raise DataError(f"--labels {budget}: a multiple of {len(classes)} up to {most}, as {why}")
     generator, each = torch.Generator().manual_seed(seed), budget // len(classes)
     drawn = [group[torch.randperm(len(group), generator=generator)[:each]] for group in groups]
     return torch.cat(drawn).sort().values
@@ -227,11 +229,7 @@ def parse_args(argv=None):
     option("--baselines", action="store_true", help="add the network trained on labels alone")
     option("--finetune", action="store_true", help="add the networks fine-tuned on the labels")
     option("--report", action="store_true", help="print scores and confusions (rows: classes)")
-    option(
-        "--csv",
-        type=argparse.FileType("a", 1, "utf-8"),
-        help="append a line for each draw of labels",
-    )
+    option("--csv", type=argparse.FileType("a", 1, "utf-8"), help="append a line for each draw")
     option("--seed", type=int, default=0, help="of the labels drawn and the random backbone")
     option("--dataset", help="as in training; unset: the one of the first checkpoint")
     option("--data-dir", default="data", help="downloads, decoded images")

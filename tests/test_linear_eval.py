@@ -369,8 +369,8 @@ def photos(tmp_path_factory):
         (["--validation", 5], "photos has 0 images with labels to learn from, 0 to score"),
         (["--dataset", "pets"], "pets has 21 images with labels to learn from, 0 to score"),
         (["--dataset", "pets", "--validation", 20], "pets has 1 images with labels"),
-        (["--dataset", "pets", "--validation", 15, "--labels", 3], "--labels 3: take a multiple"),
-        (["--dataset", "pets", "--validation", 8, "--labels", 12], "of 2, at most "),
+        (["--dataset", "pets", "--validation", 15, "--labels", 3], "--labels 3: a multiple of 2 up to "),
+        (["--dataset", "pets", "--validation", 8, "--labels", 12], "up to 10, as cat has 5 images"),
     ],
 )
 def test_images_that_cannot_be_scored(photos, options, words):
@@ -443,10 +443,10 @@ def test_bad_weights_are_refused_in_one_line(checkpoint, tiny, tmp_path, kind):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--labels", "0"], "--labels 0: take a multiple of 10, at most 320"),
+        (["--labels", "0"], "--labels 0: a multiple of 10 up to 320, as "),
         (["--labels", "few"], "--labels are numbers or all"),
-        (["--labels", "7"], "--labels 7: take a multiple of 10, at most 320"),
-        (["--labels", "330"], "--labels 330: take a multiple of 10, at most 320"),
+        (["--labels", "7"], "--labels 7: a multiple of 10 up to 320, as "),
+        (["--labels", "330"], "--labels 330: a multiple of 10 up to 320, as "),
         (["--trials", "0"], "--trials is 1 or more"),
         (["--validation", "-1"], "--validation 0 or more"),
         (["--dataset", "photos"], "byol.pt: convnet, [1, 28, 28], not convnet, [3, 28, 28]"),

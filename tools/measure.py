@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import random
 import re
 import shlex
@@ -284,6 +285,7 @@ def evaluation_rows(run, evaluation, saved, commit, args):
         if None in row.values():  # half a line: the evaluation is not over
             continue
         what = row["row"].removeprefix(str(path)).strip()  # nothing, or "fine-tuned"
+        row["device"] = row["device"].replace(platform.machine(), processor())
         if what in SHARED:
             row |= dict(backbone=saved["args"]["backbone"], commit=commit)
         else:
