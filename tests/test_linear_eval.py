@@ -369,7 +369,10 @@ def photos(tmp_path_factory):
         (["--validation", 5], "photos has 0 images with labels to learn from, 0 to score"),
         (["--dataset", "pets"], "pets has 21 images with labels to learn from, 0 to score"),
         (["--dataset", "pets", "--validation", 20], "pets has 1 images with labels"),
-        (["--dataset", "pets", "--validation", 15, "--labels", 3], "--labels 3: a multiple of 2 up to "),
+        (
+            ["--dataset", "pets", "--validation", 15, "--labels", 3],
+            "--labels 3: a multiple of 2 up to ",
+        ),
         (["--dataset", "pets", "--validation", 8, "--labels", 12], "up to 10, as cat has 5 images"),
     ],
 )

@@ -231,6 +231,8 @@ def test_cells_of_tables():
 def test_what_is_not_measured_leaves_a_page_alone():
     page = "<!-- table: {} -->\n\nwhat an earlier version had\n\n<!-- end -->\n"
     assert tables.fill(page.format("digits"), rows_of_simclr()) == page.format("digits")
+    earlier = page.format("ten-cifar10").replace("an earlier version had", tables.EARLIER)
+    assert tables.fill(earlier, rows_of_simclr()) == earlier  # as only some of its rows are there
     text = tables.fill(page.format("ten-cifar10"), rows_of_simclr())
     assert "| SimCLR | 43.0" in text and "BYOL" not in text and "earlier" not in text
 

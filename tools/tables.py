@@ -5,8 +5,8 @@
 
 On a page, a table stands between <!-- table: NAME --> and <!-- end -->; what is between is
 replaced. In a script, `91.0% (random network: 88.1%)` and `5 minutes, one CPU core` are. A dash is
-what has not been measured. A row without figures is left out, and a table without any stays as it
-stands on the page: there it says which version it is from.
+what has not been measured. A row without figures is left out. A table without any stays as it is on
+the page, and one that says "with the version of commit" stays until all its rows are measured.
 """
 
 import argparse
@@ -35,6 +35,7 @@ RELATIVES = {
     "moco_v3": "MoCo v3, transformer",
     "dino": "DINO, transformer",
 }
+EARLIER = "with the version of commit"
 FEW = SMALL[-1]
 ALL = {name: labelled for name, (_, labelled) in DATASETS.items()}
 
@@ -397,9 +398,9 @@ def fill(text, rows):
         if match[2] not in TABLES:
             sys.exit(f"there is no table {match[2]}, only {', '.join(TABLES)}")
         blank, lines = (TABLES[match[2]](x).splitlines() for x in (Rows(), rows))
-        if lines == blank:
-            return match[0]
         measured = [line for line in lines if " - |" not in line or line not in blank]
+        if lines == blank or (EARLIER in match[0] and measured != lines):
+            return match[0]
         return "\n\n".join([match[1], "\n".join(measured), "<!-- end -->"])
 
     marked = re.compile(r"^(<!-- table: (\S+) -->)$.*?^<!-- end -->$", re.M | re.S)
