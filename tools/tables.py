@@ -126,7 +126,7 @@ def readme_results(rows):
 
 def readme_first(rows):
     """Return what the last command of the README's first block prints."""
-    lines = [f"{'':<12}{'60,000 labels':>14}{'kNN':>8}"]
+    lines = [f"{'':<11}{'60,000 labels':>15}{'kNN':>15}"]
     for label, name, kind in (
         ("raw pixels", "", "raw pixels"),
         ("random init", "", "random init"),
@@ -135,7 +135,7 @@ def readme_first(rows):
         found = linear(rows, name, FASHION, 10, kind).of(labels=60_000)
         found = found.of(seed=0) if name else found
         cells = mean(found.numbers("accuracy"), 2), mean(found.numbers("knn"), 2)
-        lines.append(f"{label:<12}{cells[0]:>14}{cells[1]:>8}")
+        lines.append(f"{label:<11}{cells[0]:>15}{cells[1]:>15}")
     return "\n".join(["```", *lines, "```"])
 
 
