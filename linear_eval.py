@@ -12,7 +12,6 @@ with random weights. Only what a result adds to those was learnt. N images, F fe
 import argparse
 import csv
 import json
-import platform
 import statistics
 import sys
 import time
@@ -20,7 +19,7 @@ from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import classification_report, confusion_matrix
+from sklearn.metrics import classification_report, confusion_matrix, recall_score
 from torch import nn
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -28,9 +27,8 @@ from tqdm import tqdm
 from common import DataError, build_backbone, load_dataset
 from simclr import augment
 
-CANDIDATES = (3, 10, 30, 100, 1000)  # for C: the larger, the weaker the penalty on the weights
-# Training with labels: 3,000 steps, or 30 epochs where that is more. Chosen on held-out images.
-STEPS, EPOCHS, BATCH_SIZE, LR = 3000, 30, 128, 0.03
+CANDIDATES = (3, 10, 30, 100, 300)  # for C: the larger, the weaker the penalty on the weights
+STEPS, EPOCHS, BATCH_SIZE, LR = 3000, 30, 128, 0.03  # with labels: the longer of the two
 FINETUNE_LR = 0.001  # of a pretrained backbone: with few labels a higher rate undoes its training
 
 
@@ -69,20 +67,20 @@ def extract_features(encoder, images):
 def linear_probe(features, labels, n_classes):
     """Return an nn.Linear fitted to features (N, F) of length 1 and labels (N,), and its C.
 
-    C is the candidate that is best on a held-out fifth, or on each fifth in turn if images are few.
+    C is the candidate that is best on held-out images: of up to 2,000, each fifth in turn; of more,
+    all but 5,000, or a fifth if that is more.
     """
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:10_000]
-    folds = order.chunk(5)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    parts = order.chunk(5) if len(order) <= 2000 else [order[min(5000, len(order) * 4 // 5) :]]
     layers, correct = {}, dict.fromkeys(CANDIDATES, 0)
-    for held_out in folds if len(labels) <= 2000 else folds[:1]:
+    for held_out in parts:
         rest = order[~torch.isin(order, held_out)]
         layer = nn.Linear(features.shape[1], n_classes, device=features.device)
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
         for c in CANDIDATES:  # each fit starts where the one before has ended
-            fit(layer, features[rest], labels[rest], c, steps=40)
-            hits = layer(features[held_out]).argmax(dim=1) == labels[held_out]
-            correct[c] += hits.sum().item()
+            fit(layer, features[rest], labels[rest], c, steps=60)
+            correct[c] += (layer(features[held_out]).argmax(dim=1) == labels[held_out]).sum().item()
             layers[c] = deepcopy(layer)
     best = max(CANDIDATES, key=correct.get)
     fit(layers[best], features, labels, best)
@@ -94,7 +92,8 @@ def fit(layer, features, labels, c, steps=100):
 
     With two classes, that has one row of weights where the layer has two: there it has C=2 * c.
     """
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
+    options = dict(max_iter=steps, history_size=100, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(layer.parameters(), **options)
 
     def loss():
         optimizer.zero_grad()
@@ -194,28 +193,29 @@ def load(args):
     rows = [("raw pixels", normalized(nn.Flatten(), *moments), None, None)]
     rows += [("random init", random_init, None, None)]
     rows += [(path, *loaded[path], None) for path in loaded]
-    if args.baselines:
-        rows += [("labels only", random_init, None, LR)]
-    if args.finetune:
-        rows += [(f"{path} fine-tuned", *loaded[path], FINETUNE_LR) for path in loaded]
+    rows += [("labels only", random_init, None, LR)] * args.baselines
+    rows += [(f"{path} fine-tuned", *loaded[path], FINETUNE_LR) for path in loaded if args.finetune]
     return rows, data, known
 
 
-def append(args, row, checkpoint, cell, seconds):
+def append(args, row, checkpoint, cell):
     """Append a line to --csv: a cell of the table, its checkpoint's training, the machine."""
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     trained, epochs = (checkpoint["args"], checkpoint["metrics"]) if checkpoint else ({}, [])
     line = dict(row=row, checkpoint=row.removesuffix(" fine-tuned") if checkpoint else "")
     line |= dict(method=trained.get("method"), dataset=args.dataset)
     line |= dict(scored=f"validation {args.validation}" if args.validation else "test") | cell
-    line |= dict(seconds=round(seconds, 2), epochs=len(epochs) or "", seed=trained.get("seed"))
+    line |= dict(epochs=len(epochs) or "", seed=trained.get("seed"))
     line["training_seconds"] = round(sum(epoch["seconds"] for epoch in epochs), 1) or ""
     line["options"] = json.dumps(trained) if trained else ""
     line |= dict(device=device, threads=torch.get_num_threads(), torch=torch.__version__)
-    writer = csv.DictWriter(args.csv, line, lineterminator="\n")
-    if not args.csv.tell():
-        writer.writeheader()
-    writer.writerow(line)
+    with open(args.csv, "a+", encoding="utf-8", newline="") as file:
+        file.seek(0)
+        header, found = ",".join(line) + "\n", file.readline()
+        if found not in ("", header):
+            raise DataError(f"--csv {args.csv} has other columns: name another file")
+        file.write("" if found else header)
+        csv.DictWriter(file, line, lineterminator="\n").writerow(line)
 
 
 def parse_args(argv=None):
@@ -229,7 +229,7 @@ def parse_args(argv=None):
     option("--baselines", action="store_true", help="add the network trained on labels alone")
     option("--finetune", action="store_true", help="add the networks fine-tuned on the labels")
     option("--report", action="store_true", help="print scores and confusions (rows: classes)")
-    option("--csv", type=argparse.FileType("a", 1, "utf-8"), help="append a line for each draw")
+    option("--csv", metavar="FILE", help="append a line for each draw")
     option("--seed", type=int, default=0, help="of the labels drawn and the random backbone")
     option("--dataset", help="as in training; unset: the one of the first checkpoint")
     option("--data-dir", default="data", help="downloads, decoded images")
@@ -245,8 +245,8 @@ def main(argv=None):
     """Print a table of how well pixels, random features and learnt features tell classes apart."""
     args = parse_args(argv)
     rows, data, known = load(args)
-    truth, classes, n_classes = data.test_labels, data.classes, len(data.classes)
-    draws = {}  # number of labels: {seed: indices of the images}
+    truth, classes, every = data.test_labels, data.classes, range(len(data.classes))
+    draws, last = {}, {}  # number of labels: {seed: indices of the images}; row: its last guesses
     for n in sorted({len(known) if n == "all" else int(n) for n in args.labels}):
         seeds = range(10_000 * args.seed, 10_000 * args.seed + args.trials)
         draws[n] = {"": known}  # all of them can be drawn in one way only
@@ -254,7 +254,7 @@ def main(argv=None):
             draws[n] = {x: draw_labels(data.train_labels, known, n, classes, x) for x in seeds}
 
     most, width = data.train_labels[known].mode().values, max(len(row[0]) for row in rows)
-    uneven = len(truth.bincount(minlength=n_classes).unique()) > 1
+    uneven = len(truth.bincount(minlength=len(classes)).unique()) > 1
     titles = [f"{n:,} labels" for n in draws] + ["kNN"] + ["balanced"] * uneven
     print(f"{args.dataset}: accuracy in percent on {len(truth):,} images.")
     print(f"Always guessing {classes[most]} gives {percent(most, truth):.2f}.\n")
@@ -267,32 +267,34 @@ def main(argv=None):
             for seed, indices in drawn.items():
                 images, labels = data.train_images[indices], data.train_labels[indices]
                 if rate:
-                    new = train_with_labels(encoder, images, labels, n_classes, args.seed, rate)
+                    new = train_with_labels(encoder, images, labels, len(classes), args.seed, rate)
                     guesses, c, knn = apply(new, data.test_images).argmax(dim=1), "", ""
                 else:
                     train = extract_features(encoder, images)
-                    layer, c = linear_probe(train, labels, n_classes)
-                    guesses = layer(test).argmax(dim=1)
-                    knn = knn_accuracy(train, labels, test, truth)
+                    layer, c = linear_probe(train, labels, len(classes))
+                    guesses, knn = layer(test).argmax(1), knn_accuracy(train, labels, test, truth)
                 scores.append(percent(guesses, truth))
                 if args.csv:
                     cell = dict(labels=n, draw=seed, accuracy=scores[-1], knn=knn, c=c)
-                    append(args, name, checkpoint, cell, time.perf_counter() - begun)
+                    append(args, name, checkpoint, cell | dict(seconds=time.perf_counter() - begun))
                 begun = time.perf_counter()
             deviation = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
             cells.append(f"{statistics.mean(scores):.2f}{deviation}")
+        last[name] = truth.cpu(), guesses.cpu()
         cells.append(f"{knn:.2f}" if knn else "-")
         if uneven:
-            found = [percent(guesses[truth == k], k) for k in truth.unique()]
-            cells.append(f"{statistics.mean(found):.2f}")
+            recall = recall_score(*last[name], labels=truth.unique().cpu(), average="macro")
+            cells.append(f"{100 * recall:.2f}")
         print(f"{name:<{width}}" + "".join(f"{cell:>15}" for cell in cells), flush=True)
-        if args.report:
-            pair, every = (truth.cpu(), guesses.cpu()), range(n_classes)
-            print(classification_report(*pair, labels=every, target_names=classes, zero_division=0))
-            print(confusion_matrix(*pair, labels=every))
+    for name, pair in last.items() if args.report else ():
+        print(f"\n{name}\n{confusion_matrix(*pair, labels=every)}")
+        print(classification_report(*pair, labels=every, target_names=classes, zero_division=0))
 
 
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # not every terminal has the sign ±
-    main()
+    try:
+        main()
+    except (OSError, KeyboardInterrupt) as error:
+        sys.exit(str(error) or "stopped")

@@ -111,17 +111,38 @@ def test_table_and_csv_say_what_the_functions_say(checkpoint, tiny, tmp_path):
 
 def test_csv_keeps_what_it_has(checkpoint, tiny, tmp_path, monkeypatch):
     path = tmp_path / "scores.csv"
-    path.write_text("here\n")
     monkeypatch.setattr(linear_eval, "CANDIDATES", (10,))
     monkeypatch.setattr(linear_eval, "train_with_labels", None)  # ends the program at that row
     options = ["--weights", "byol.pt", "--validation", 100, "--baselines", "--csv"]
-    with pytest.raises(TypeError):
-        run_main(checkpoint.parent, tiny, *options, path)
+    for _ in range(2):
+        with pytest.raises(TypeError):
+            run_main(checkpoint.parent, tiny, *options, path)
     first, *lines = path.read_text().splitlines()  # and what it had measured is there
-    assert first == "here" and [line.split(",")[0] for line in lines] == [*UNTRAINED, "byol.pt"]
+    assert first.startswith("row,")
+    assert [line.split(",")[0] for line in lines] == [*UNTRAINED, "byol.pt"] * 2
     assert all(",validation 100,220,," in line for line in lines)
+
+
+def test_csv_that_cannot_be_written(checkpoint, tiny, tmp_path):
+    """A file of another kind stays as it is. A traceback would be of no help."""
+    path = tmp_path / "notes.csv"
+    path.write_text("mine\n")
+    options = ["--weights", "byol.pt", "--labels", 20, "--csv"]
+    process = evaluate(checkpoint.parent, tiny, *options, path)
+    assert process.returncode == 1 and path.read_text() == "mine\n"
+    assert process.stderr == f"--csv {path} has other columns: name another file\n"
     process = evaluate(checkpoint.parent, tiny, *options, tmp_path)
-    assert process.returncode != 0 and "can't open" in process.stderr.splitlines()[-1]
+    assert process.returncode == 1 and process.stderr.count("\n") == 1
+    assert str(tmp_path) in process.stderr
+
+
+def test_ctrl_c_ends_in_one_word(checkpoint, tiny, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "load_dataset", stop)
+    process = evaluate(checkpoint.parent, tiny, "--weights", "byol.pt")
+    assert (process.returncode, process.stderr) == (1, "stopped\n")
 
 
 def test_draws_of_labels(checkpoint, tiny, capsys, monkeypatch):
@@ -328,7 +349,7 @@ def test_the_best_strength_is_chosen(strong):
     for c in linear_eval.CANDIDATES:
         model = LogisticRegression(C=2 * c, max_iter=5000, tol=1e-8).fit(train, given[:400])
         scores[c] = 100 * model.score(test, labels[400:])
-    assert scores[best] > max(scores.values()) - 0.4 > min(scores.values()) + 3
+    assert scores[best] > max(scores.values()) - 0.4 > min(scores.values()) + 2
     found = accuracy(layer(test).argmax(dim=1), labels[400:])
     assert found == pytest.approx(scores[best], abs=0.3)
 
@@ -389,7 +410,9 @@ def test_uneven_classes(photos, monkeypatch):
     assert process.returncode == 0, process.stderr
     cells = r" +([\d.]+) +[\d.]+ +([\d.]+)$"
     rows = re.findall(rf"^(raw pixels|random init|simclr.pt){cells}", process.stdout, re.M)
-    assert len(rows) == 3
+    assert len(rows) == 3 and re.search(
+        r"^simclr.pt +\d.*\n\nraw pixels\n\[\[", process.stdout, re.M
+    )
     matrices = re.findall(r"\[\[ ?(\d+) +(\d+)\]\n \[ ?(\d+) +(\d+)\]\]", process.stdout)
     for (_, plain, balanced), matrix in zip(rows, matrices, strict=True):
         a, b, c, d = map(int, matrix)

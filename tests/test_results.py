@@ -118,12 +118,14 @@ def test_jobs_of_a_small_folder(tmp_path):
     options = measure.parse_args([str(option) for option in options])
     train, linear, trained = [shlex.join(job.command) for job in measure.jobs_of(run, [], options)]
     assert f"--dataset {tmp_path}/cifar10-5000" in train and "--epochs 103" in train
+    assert train.endswith("--bf16")
     for command in (linear, trained):
         assert f"--dataset {tmp_path}/cifar10-1000" in command
         assert "--labels 100 200 all" in command
     assert "--finetune --baselines" in trained and "--finetune" not in linear
     # Rows of another seed do not count, those of labels only do, whatever the run.
     row = dict.fromkeys(measure.COLUMNS, "") | dict(script="linear_eval", labels="1000", seed="1")
+    row["bf16"] = "True"
     row |= dict(run=run.name, trained_on=run.dataset, epochs="103", dataset=measure.SMALL[-1])
     frozen = run.evaluations[0]
     rows = [row | dict(kind="linear", draw="")]
@@ -197,11 +199,11 @@ def test_network_of_a_variant_is_built(name, load_variant, tmp_path):
     assert model.projector(model.backbone(torch.zeros(2, 3, 32, 32))).shape[0] == 2
 
 
-def rows_of_simclr(**columns):
+def rows_of_simclr(bf16="True"):
     """Return made-up rows: two seeds, two draws of 100 labels, all labels."""
     base = dict.fromkeys(measure.COLUMNS, "")
     base |= dict(script="linear_eval", backbone="convnet", dataset=tables.CIFAR, scored="test")
-    run = dict(run="simclr", trained_on=tables.CIFAR, epochs="10", kind="linear")
+    run = dict(run="simclr", trained_on=tables.CIFAR, epochs="10", kind="linear", bf16=bf16)
     rows = [
         base | run | dict(seed=seed, labels=labels, draw=draw, accuracy=accuracy, knn="50")
         for seed, labels, draw, accuracy in (
@@ -238,7 +240,9 @@ def test_what_is_not_measured_leaves_a_page_alone():
 
 
 def test_figures_of_a_docstring():
-    rows = rows_of_simclr()
+    """They are those of the command beside them, without --bf16."""
+    rows = rows_of_simclr("False")
+    rows.append(rows[4] | dict(bf16="True", accuracy="99"))
     for row in rows:
         row |= {name: row[name].replace(tables.CIFAR, tables.FASHION) for name in row}
         row["labels"] = row["labels"].replace("50000", "60000")
@@ -260,7 +264,7 @@ def test_changed_digit_is_found(page, tmp_path):
     for path in (ROOT / "README.md", *(ROOT / f"{name}.py" for name in METHODS)):
         shutil.copy(path, tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("*.png"))
-    rows = rows_of_simclr()
+    rows = rows_of_simclr() + rows_of_simclr("False")
     for data, n in ((tables.FASHION, "60000"), (tables.CIFAR, "1000")):
         for row in [row for row in rows if row["labels"] == "50000"]:
             where = dict(dataset=data, labels=n, trained_on=row["trained_on"] and data)

@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import random
 import re
 import shlex
@@ -74,9 +73,12 @@ class Run(NamedTuple):
     seed: int
     evaluations: tuple = (Evaluation(),)
     ranks: bool = False  # also measure how many directions z and h use
+    bf16: bool = True
 
     def __str__(self):
-        return f"{self.group}: {self.name}, {self.dataset}, {self.epochs} epochs, seed {self.seed}"
+        precision = "" if self.bf16 else ", float32"
+        run = f"{self.name}, {self.dataset}, {self.epochs} epochs, seed {self.seed}"
+        return f"{self.group}: {run}{precision}"
 
 
 def all_runs():
@@ -86,6 +88,8 @@ def all_runs():
 
     for seed, dataset, name in product(range(3), (CIFAR, FASHION), four):
         yield Run("ten", name, dataset, 10, seed)
+    for dataset, name in product((FASHION, CIFAR), four):  # as the scripts run on a CPU by default
+        yield Run("float32", name, dataset, 10, 0, bf16=False)
     for dataset, name in product((CIFAR, FASHION), ("byol", "simclr", "moco", "simsiam")):
         yield Run("hundred", name, dataset, 100, 0)
     for seed, name in product((1, 2), ("byol", "simclr")):
@@ -165,6 +169,7 @@ def all_runs():
         ("moco_v3_frozen_patches", 10),
     )
     few = Evaluation((1000, "all"))
+    one = few._replace(labels=(1000,))
     other = {
         "simclr": (few, few._replace(script="linear_eval_z")),
         "simclr_v2": (few, few._replace(script="linear_eval_v2")),
@@ -172,19 +177,20 @@ def all_runs():
     }
     for seed in range(2):
         for name in four + ablations:
-            yield Run("variants", name, CIFAR, 10, seed, other.get(name, (few,)), ranks=True)
+            yield Run("variants", name, CIFAR, 10, seed, other.get(name, (one,)), ranks=True)
         for name in relatives:
             yield Run("family", name, CIFAR, 10, seed, other.get(name, (few,)))
         for name, epochs in small_views:
             yield Run("relatives", name, CIFAR, epochs, seed, (few,))
 
     for seed in range(3):
-        yield Run("digits", "simclr", DIGITS, 20, seed, (Evaluation((100, "all")),))
+        yield Run("digits", "simclr", DIGITS, 20, seed, (Evaluation((100, "all")),), bf16=False)
     yield Run("resnet18", "byol --backbone resnet18 --batch-size 512", CIFAR, 100, 0)
 
     # Minutes on one core. Nothing else should run beside them: --jobs 1.
     for name, epochs in [("simclr", 1), ("simclr", 2), ("simclr", 5), *product(four, [10])]:
-        yield Run("cpu", f"{name} --device cpu", FASHION, epochs, 0, (Evaluation(("all",)),))
+        name, evaluations = f"{name} --device cpu", (Evaluation(("all",)),)
+        yield Run("cpu", name, FASHION, epochs, 0, evaluations, bf16=False)
 
 
 COLUMNS = (
@@ -193,19 +199,19 @@ COLUMNS = (
     + ("rank_z", "rank_h", "script", "backbone", "device", "threads", "bf16", "torch", "commit")
     + ("row", "checkpoint", "method", "options")
 )
+IDENTITY = ("run", "trained_on", "epochs", "seed", "bf16")
 SHARED = ("raw pixels", "random init", "labels only")  # rows that no checkpoint takes part in
 
 
 def identity(run):
     """Return what tells the run's rows and files from those of others."""
-    return run.name, run.dataset, str(run.epochs), str(run.seed)
+    return run.name, run.dataset, str(run.epochs), str(run.seed), str(run.bf16)
 
 
 def checkpoint_of(run, args):
     """Return the path of the run's checkpoint."""
-    return args.checkpoints / (
-        re.sub(r"[^a-z0-9._]+", "-", " ".join(identity(run)).lower()) + ".pt"
-    )
+    words = " ".join(identity(run)[:-1]) + " float32" * (not run.bf16)
+    return args.checkpoints / (re.sub(r"[^a-z0-9._]+", "-", words.lower()) + ".pt")
 
 
 def scores_of(run, evaluation, args):
@@ -217,14 +223,14 @@ def scores_of(run, evaluation, args):
 
 def belongs(row, run):
     """Say whether a row of results.csv is of this run."""
-    return (row["run"], row["trained_on"], row["epochs"], row["seed"]) == identity(run)
+    return tuple(row[name] for name in IDENTITY) == identity(run)
 
 
 def cell(row):
     """Return what tells a row from all others: it need not be measured twice."""
     names = ["dataset", "scored", "kind", "script", "backbone", "labels", "draw"]
     if row["kind"] not in SHARED:
-        names += ["run", "trained_on", "epochs", "seed"]
+        names += IDENTITY
     return tuple(row[name] for name in names)
 
 
@@ -253,8 +259,8 @@ def facts(run, saved, commit):
     """Return the columns that all rows of a run share; `saved` is its checkpoint."""
     of_the_machine = {"dataset", "data_dir", "out", "resume", "device", "images", "mean", "std"}
     options = {k: v for k, v in saved["args"].items() if k not in of_the_machine}
-    columns = dict(zip(("run", "trained_on", "epochs", "seed"), identity(run), strict=True))
-    columns |= dict(backbone=options["backbone"], bf16=options["bf16"], commit=commit)
+    columns = dict(zip(IDENTITY, identity(run), strict=True))
+    columns |= dict(backbone=options["backbone"], commit=commit)
     columns |= dict(method=options["method"], checkpoint=Path(saved["args"]["out"]).name)
     columns["training_seconds"] = round(sum(row["seconds"] for row in saved["metrics"]), 1)
     return columns | dict(options=json.dumps(options))
@@ -285,7 +291,7 @@ def evaluation_rows(run, evaluation, saved, commit, args):
         if None in row.values():  # half a line: the evaluation is not over
             continue
         what = row["row"].removeprefix(str(path)).strip()  # nothing, or "fine-tuned"
-        row["device"] = row["device"].replace(platform.machine(), processor())
+        row["device"] = row["device"].replace("cpu", processor())
         if what in SHARED:
             row |= dict(backbone=saved["args"]["backbone"], commit=commit)
         else:
@@ -470,6 +476,7 @@ def jobs_of(run, rows, args):
     if done < run.epochs:
         command = [*python, str(args.checkpoints / "scripts" / f"{name}.py"), *options, *place_of]
         command += ["--epochs", str(run.epochs), "--seed", str(run.seed), "--out", str(out)]
+        command += ["--bf16" if run.bf16 else "--no-bf16"]
         weight = dict(byol=1.4, moco_v3=4, dino=4, dino_multi_crop=10).get(name, 1)
         if "resnet18" in options:
             weight *= 1 if torch.cuda.is_available() else 60
@@ -643,12 +650,13 @@ def main(argv=None):
     if args.list or args.dry_run:
         trained = set()
         for jobs in missing:
+            run = jobs[0].run
             if not jobs[0].evaluation:  # a training counts once
-                jobs = jobs[identity(jobs[0].run) in trained :]
-                trained.add(identity(jobs[0].run))
+                jobs = jobs[identity(run) in trained :]
+                trained.add(identity(run))
             seconds = sum(seconds_of(job, args) for job in jobs)
             total += seconds
-            print(f"{seconds / 60:6.1f} min  {jobs[0].run}")
+            print(f"{seconds / 60:6.1f} min  {run}")
             for job in jobs if args.dry_run else ():
                 print(f"            {shlex.join(job.command)}")
         print(f"{total / 60:6.1f} min in all, {total / 60 / args.jobs:.0f} with --jobs {args.jobs}")
