@@ -27,7 +27,7 @@ from tqdm import tqdm
 from common import DataError, build_backbone, load_dataset
 from simclr import augment
 
-CANDIDATES = (3, 10, 30, 100, 300)  # for C: the larger, the weaker the penalty on the weights
+CANDIDATES = (1, 10, 30, 100, 300)  # for C: the larger, the weaker the penalty on the weights
 STEPS, EPOCHS, BATCH_SIZE, LR = 3000, 30, 128, 0.03  # with labels: the longer of the two
 FINETUNE_LR = 0.001  # of a pretrained backbone: with few labels a higher rate undoes its training
 
@@ -92,7 +92,7 @@ def fit(layer, features, labels, c, steps=100):
 
     With two classes, that has one row of weights where the layer has two: there it has C=2 * c.
     """
-    options = dict(max_iter=steps, history_size=100, line_search_fn="strong_wolfe")
+    options = dict(max_iter=steps, history_size=30, line_search_fn="strong_wolfe")
     optimizer = torch.optim.LBFGS(layer.parameters(), **options)
 
     def loss():
