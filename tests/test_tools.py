@@ -9,6 +9,7 @@ import numpy as np
 import pictures
 import pytest
 import torch
+from common import Dataset
 from conftest import ROOT, call, train, write_fashion_mnist, write_images
 from PIL import Image
 
@@ -67,6 +68,17 @@ def test_few_photos(runs, tmp_path, n):
     assert n == 4 or f"{2 if n == 1 else 4} are needed" in process.stderr
 
 
+def test_no_image_is_its_own_neighbour(monkeypatch):
+    """Without test images, eight of nine images are the neighbours of the ninth."""
+    drawn, images = [], torch.randint(0, 256, (9, 1, 4, 4), dtype=torch.uint8)
+    data = Dataset(images, torch.full((9,), -1), images[:0], torch.empty(0), ())
+    monkeypatch.setattr(pictures, "draw_grid", lambda shown, *_: drawn.append(shown))
+    encoder = pictures.normalized(torch.nn.Flatten(), [0.0], [1.0])
+    pictures.draw_neighbours_of(encoder, data, None)
+    assert torch.equal(drawn[0][:, 0], images)
+    assert all(len(row.unique(dim=0)) == 9 for row in drawn[0])
+
+
 def test_equal_features_have_no_map(tmp_path, capsys):
     """t-SNE would end the process with a segmentation fault."""
     features = {"dead": torch.ones(40, 8), "alive": torch.rand(40, 8)}
@@ -98,11 +110,12 @@ def test_unusual_class_names(tmp_path, capsys, monkeypatch):
 
 def test_pictures_of_the_documentation(runs, tmp_path):
     base = dict(dataset="CIFAR-10 (JPEG)", scored="test", labels=1000, script="linear_eval")
-    base |= dict(backbone="convnet", device="CPU")
+    base |= dict(backbone="convnet", device="CPU", bf16="")
     rows = [base | dict(kind="random init", row="random init", accuracy=34)]
     for epochs in (10, 100):
         row = dict(kind="linear", row="a.pt", run="simclr", epochs=epochs, accuracy=50)
-        rows.append(base | row | dict(training_seconds=60 * epochs))
+        rows.append(base | row | dict(training_seconds=60 * epochs, bf16="True"))
+    rows.append(rows[1] | dict(dataset="Fashion-MNIST", bf16="False"))  # not to be drawn
     with open(tmp_path / "results.csv", "w") as file:
         writer = csv.DictWriter(file, rows[1])
         writer.writeheader()
@@ -111,7 +124,8 @@ def test_pictures_of_the_documentation(runs, tmp_path):
     (tmp_path / "docs").mkdir()
     process = draw(runs, "data", *options)
     assert process.returncode == 0, process.stderr
-    check(tmp_path / "docs", {"family.png", "accuracy-over-time.png", "labels-cifar10.png"})
+    names = {"methods.png", "family.png", "accuracy-over-time.png", "labels-cifar10.png"}
+    check(tmp_path / "docs", names)
 
 
 def test_scores_of_another_kind_are_refused(runs, tmp_path):

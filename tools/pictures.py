@@ -5,7 +5,7 @@
     python tools/pictures.py --weights *.pt --docs     # the pictures of docs/
 
 scores.csv is what linear_eval.py --csv has written. --docs draws what docs/results.csv has rows
-for, the family, and, of checkpoints, those pictures of docs/ that they can show.
+for, the methods, the family, and, of checkpoints, those pictures of docs/ that they can show.
 """
 
 import argparse
@@ -17,10 +17,12 @@ import sys
 import warnings
 from pathlib import Path
 
-import matplotlib.patches
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyBboxPatch, Patch
+from PIL import Image
 from sklearn.manifold import TSNE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +53,8 @@ def save(figure, path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         figure.savefig(path)
+    if not any(axes.images for axes in figure.axes):  # 256 colours do, in a third of the bytes
+        Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
     missing = any("missing from" in str(warning.message) for warning in caught)
     print(f"{path}{': the font lacks some characters, boxes stand for them' if missing else ''}")
 
@@ -95,7 +99,9 @@ def draw_curves(metrics, path):
             x, y = [row["epoch"] for row in shown], [row[key] for row in shown]
             boxes[column].plot(x, y, marker=".")
             boxes[column].set(title=plain(name), xlabel="epoch", ylabel=titles[key])
+            boxes[column].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             boxes[column].grid(alpha=0.3)
+    axes[-1, 0].set_ylim(bottom=0)  # of z_std: how far from a collapse is then in sight
     save(figure, path)
 
 
@@ -110,7 +116,8 @@ def draw_map(features, images, labels, classes, path):
             del features[name]
     if not features:
         return
-    figure, [axes] = panels(8 * len(features), 8, 1, len(features))
+    side = 8 if classes else 12  # inches: pictures need more room than points
+    figure, [axes] = panels(side * len(features), side, 1, len(features))
     for box, (name, values) in zip(axes, features.items(), strict=True):
         tsne = TSNE(perplexity=min(30, math.ceil(len(values) / 4)), random_state=0)
         points = tsne.fit_transform(values.cpu().numpy())
@@ -118,12 +125,12 @@ def draw_map(features, images, labels, classes, path):
             style = dict(color=f"C{k % 10}", marker=MARKERS[k // 10 % 10], label=plain(label))
             box.scatter(*points[(labels == k).cpu().numpy()].T, s=12, **style)
         if not classes:
-            half = np.ptp(points, axis=0).max() / 2
-            (x, y), size = points.min(axis=0) + np.ptp(points, axis=0) / 2, half / 30
-            for image, (left, low) in zip(images, points, strict=True):
-                show(box, image, extent=(left - size, left + size, low - size, low + size))
-            half += size
-            box.set(xlim=(x - half, x + half), ylim=(y - half, y + half))
+            points = (points - points.min(axis=0)) / np.ptp(points, axis=0)  # from 0 to 1
+            size = 0.3 / len(points) ** 0.5  # half a side: few pictures are large
+            for image, (x, y) in zip(images, points, strict=True):
+                show(box, image, extent=(x - size, x + size, y - size, y + size))
+            limits = -1.3 * size, 1 + 1.3 * size
+            box.set(xlim=limits, ylim=limits, facecolor="0.85")  # white images stand out
         box.set(title=f"{plain(name)}: t-SNE of the features", xticks=[], yticks=[])
     if classes:
         columns = math.ceil(len(classes) / 30)
@@ -154,21 +161,15 @@ def draw_grid(images, titles, path, labels=None, classes=()):
 def split(data):
     """Return (images, labels, bank, bank labels): those to show, and those to find neighbours in.
 
-    The images shown are test images. Where there are none, they are every second training image.
+    The images shown are test images. Where there are none, both are the training images.
     """
     if len(data.train_labels) < FEWEST:
         raise DataError(f"{len(data.train_labels)} images are too few: {FEWEST} are needed")
+    known = (data.train_labels >= (0 if data.classes else -1)).nonzero().flatten()
+    bank, bank_labels = data.train_images[known], data.train_labels[known]
     if len(data.test_labels) >= FEWEST:
-        known = (data.train_labels >= (0 if data.classes else -1)).nonzero().flatten()
-        bank, bank_labels = data.train_images[known], data.train_labels[known]
         return data.test_images, data.test_labels, bank, bank_labels
-    images, labels = data.train_images, data.train_labels
-    if data.classes:
-        images, labels = images[labels >= 0], labels[labels >= 0]
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(images), generator=generator)
-    shown, bank = order[::2], order[1::2]
-    return images[shown], labels[shown], images[bank], labels[bank]
+    return bank, bank_labels, bank, bank_labels
 
 
 def draw_map_of(encoder, saved, name, data, path):
@@ -189,7 +190,9 @@ def draw_neighbours_of(encoder, data, path):
     images, labels, bank, bank_labels = split(data)
     queries = labels.argsort(stable=True)[:: math.ceil(len(labels) / 10)]  # of all classes
     cosines = extract_features(encoder, images[queries]) @ extract_features(encoder, bank).T
-    nearest = cosines.topk(min(8, len(bank)), dim=1).indices  # (10, 8)
+    if bank is images:  # no image is its own neighbour
+        cosines[torch.arange(len(queries)), queries] = -math.inf
+    nearest = cosines.topk(min(8, len(bank) - 1), dim=1).indices  # (10, 8)
     shown = torch.cat([images[queries, None], bank[nearest]], dim=1)
     found = torch.cat([labels[queries, None], bank_labels[nearest]], dim=1)
     titles = ["query", *map(str, range(1, shown.shape[1]))]
@@ -291,7 +294,7 @@ def draw_family(path):
     for name, (year, x, y, text, before) in FAMILY.items():
         ours = name in METHODS.values()
         colours = dict(facecolor="#dbe8f6" if ours else "white", edgecolor="C0" if ours else "0.1")
-        corners = matplotlib.patches.FancyBboxPatch(
+        corners = FancyBboxPatch(
             (x, y), 0.8, 0.7, "round,pad=0.02", linewidth=1.8, mutation_aspect=2, **colours
         )
         axes.add_patch(corners)
@@ -305,6 +308,125 @@ def draw_family(path):
     axes.text(0, -0.4, f"{note} in those before it. Years are those of arXiv.", fontsize=12)
     axes.set(xlim=(-0.1, 6.95), ylim=(-0.6, 6.8))
     axes.axis("off")
+    save(figure, path)
+
+
+SKETCHES = {  # method: (idea, loss, outputs of the two sides, averaged network, between the sides)
+    "SimCLR": (
+        "Find the other view\namong the batch.",
+        "NT-Xent: $z_1$ finds $z_2$,\nand $z_2$ finds $z_1$",
+        ("z_1", "z_2"),
+        "",
+        "negatives:\nother views\nof the batch",
+    ),
+    "MoCo": (
+        "Find the other view's\nkey among many.",
+        "InfoNCE: the query $q$\nfinds its key $k$",
+        ("q", "k"),
+        "key\nencoder",
+        "negatives:\na queue of\n$K$ old keys",
+    ),
+    "BYOL": (
+        "Predict what the average\nmakes of the other view.",
+        "2 − 2 cos($p_1$, $t_2$)\n+ 2 − 2 cos($p_2$, $t_1$)",
+        ("p_1", "t_2"),
+        "target",
+        "and with\n$x_1$ and $x_2$\nexchanged",
+    ),
+    "SimSiam": (
+        "Predict the embedding\nof the other view.",
+        "− ½ cos($p_1$, $z_2$)\n− ½ cos($p_2$, $z_1$)",
+        ("p_1", "z_2"),
+        "",
+        "and with\n$x_1$ and $x_2$\nexchanged",
+    ),
+}
+BOXES = {  # what is in a box: its style
+    "trained": dict(facecolor="#dbe8f6", edgecolor="C0"),
+    "running average (EMA)": dict(facecolor="0.93", edgecolor="0.5", linestyle="--"),
+    "negatives": dict(facecolor="#ffebeb", edgecolor="C3"),
+    "loss": dict(facecolor="#fff6e0", edgecolor="0.1"),
+    "data": dict(facecolor="white", edgecolor="0.1"),
+}
+
+
+def draw_methods(path):
+    """Draw the four methods side by side, each from an image, at the bottom, up to its loss.
+
+    GitHub shows the picture 850 pixels wide. They are the unit; the picture has two for each.
+    """
+    figure, [row] = panels(21.25, 12.5, 1, 4)
+    left, middle, right = 52, 106, 160
+
+    def write(axes, x, y, text, size=21, **options):
+        axes.text(x, y, text, fontsize=size, ha="center", va="center", **options)
+
+    def box(axes, kind, x, y, width, height, text):
+        style = dict(boxstyle="round,pad=0,rounding_size=5", linewidth=3, **BOXES[kind])
+        corner = x - width / 2, y - height / 2
+        axes.add_patch(FancyBboxPatch(corner, width, height, **style))
+        write(axes, x, y, text)
+
+    def arrow(axes, start, end, colour="0.1"):
+        style = dict(arrowstyle="-|>", color=colour, lw=3, mutation_scale=22, shrinkA=0, shrinkB=0)
+        axes.annotate("", end, start, arrowprops=style)
+
+    for axes, name in zip(row, SKETCHES, strict=True):
+        idea, loss, outputs, average, between = SKETCHES[name]
+        predicts, both = outputs[0] == "p_1", name == "SimCLR"  # both sides have a gradient
+        write(axes, middle, 482, name, 30, weight="bold")
+        write(axes, middle, 448, idea)
+        box(axes, "loss", middle, 398, 182, 46, loss)
+        box(axes, "data", middle, 18, 70, 26, "image")
+
+        for x, view, output in zip((left, right), ("x_1", "x_2"), outputs, strict=True):
+            outwards = (x - middle) / 54  # -1 or 1
+            top = 271 if predicts and x == left else 209  # of the networks
+            arrow(axes, (middle, 31), (x, 57))
+            box(axes, "data", x, 70, 70, 26, f"view ${view}$")
+            for low, high in ((83, 117), (147, 179), (top, 375)):
+                arrow(axes, (x, low), (x, high))
+            write(axes, x + 13 * outwards, 355, f"${output}$")
+            if x == left or both:
+                arrow(axes, (x + 46 * outwards, 375), (x + 46 * outwards, 117), "C2")
+            else:
+                bars = [[x - 10] * 2, [x + 10] * 2], [[262, 269], [268, 275]]
+                axes.plot(*bars, color="C3", linewidth=4)
+                write(axes, x + 27, 269, "stop", color="C3")
+
+        for y, part in ((132, "backbone"), (194, "projector")):
+            if average:
+                box(axes, "trained", left, y, 74, 30, part)
+                box(axes, "running average (EMA)", right, y, 74, 30, part)
+                arrow(axes, (left + 37, y), (right - 37, y), "0.5")
+            else:  # one network for both sides
+                box(axes, "trained", middle, y, 182, 30, part)
+        write(axes, left - 12, 161, "$h$")
+        write(axes, middle, 163, "EMA" if average else "", color="0.4")
+        write(axes, right + 27, 232, average, color="0.4")
+
+        if predicts:
+            arrow(axes, (left, 209), (left, 241))
+            write(axes, left - 13, 223, "$z_1$")
+            box(axes, "trained", left, 256, 74, 30, "predictor")
+            write(axes, middle, 315, between, color="0.4")
+        else:
+            for x, edge in ((right, 146), (left, 66))[: 1 + both]:
+                arrow(axes, (x, 310), (edge, 310), "C3")
+            arrow(axes, (middle, 338), (middle, 375), "C3")
+            box(axes, "negatives", middle, 310, 80, 56, between)
+        axes.set(xlim=(0, 212), ylim=(0, 496))
+        axes.axis("off")
+
+    handles = [Patch(label=kind, lw=3, **BOXES[kind]) for kind in list(BOXES)[:2]]
+    handles.append(Line2D([], [], color="C2", lw=3, label="gradient"))
+    for sign, colour, label in (
+        ("$//$", "C3", "stop-gradient"),
+        ("$h$", "0.1", "what linear_eval.py evaluates"),
+    ):
+        style = dict(marker=sign, markersize=17, color=colour, linestyle="")
+        handles.append(Line2D([], [], label=label, **style))
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=21, frameon=False)
     save(figure, path)
 
 
@@ -370,12 +492,14 @@ def draw_accuracy(rows, path):
 
 
 def draw_docs(args, loaded):
-    """Draw the pictures of docs/, but methods.png, which is drawn by hand."""
+    """Draw the pictures of docs/: all that there are rows or checkpoints for."""
     docs = Path(args.out)
+    draw_methods(docs / "methods.png")
     draw_family(docs / "family.png")
     rows = read_rows(args.csv or ROOT / "docs" / "results.csv")
     rows = [row for row in rows if row["scored"] == "test" and row["script"] == "linear_eval"]
-    rows = [row for row in rows if row["backbone"] == "convnet"]
+    # Some runs were repeated in float32, to compare; untrained rows have no precision.
+    rows = [row for row in rows if row["backbone"] == "convnet" and row["bf16"] != "False"]
     draw_time(rows, docs / "accuracy-over-time.png")
     draw_accuracy(rows, docs / "accuracy.png")
     for dataset, name in (("CIFAR-10 (JPEG)", "labels-cifar10"), ("Fashion-MNIST", "labels")):
@@ -384,7 +508,7 @@ def draw_docs(args, loaded):
             ours = row["run"] in METHODS and row["epochs"] == "10" and row["kind"] == "linear"
             if row["dataset"] == dataset and (ours or row["kind"] in ("raw pixels", "random init")):
                 part.append(row | dict(row=METHODS[row["run"]] if ours else row["kind"]))
-        if part:
+        if any(row["row"] in METHODS.values() for row in part):
             draw_labels(scores_of(part), docs / f"{name}.png")
 
     fashion, others, collapse = {}, {}, {}
