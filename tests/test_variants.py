@@ -4,8 +4,10 @@ import inspect
 import re
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
+import common
 import linear_eval
 import pytest
 import torch
@@ -236,6 +238,36 @@ def test_linear_eval_z(load_variant, tiny, tmp_path):
     train_here(load_variant("simclr"), tmp_path, tiny, "--projection-dim", 24)
     encoder, _ = load_variant("linear_eval_z").load_encoder(tmp_path / "here.pt")
     assert encoder(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).shape == (2, 24)
+
+
+def test_linear_eval_distill(load_variant, tiny, tmp_path, monkeypatch, capsys):
+    """The student learns from the pretrained weights and what its teacher says of all images."""
+    train_here(load_variant("simclr"), tmp_path, tiny)
+    module, calls = load_variant("linear_eval_distill"), []
+    original = module.train_with_labels
+
+    def watched(encoder, images, labels, *settings):
+        network = original(encoder, images, labels, *settings)
+        calls.append((encoder[-1][0].weight, images, labels, settings, network))
+        return network
+
+    monkeypatch.setattr(module, "train_with_labels", watched)
+    monkeypatch.setattr(module, "STEPS", 30)
+    options = ["--weights", "here.pt", "--labels", "20", "--trials", "1", "--finetune"]
+    monkeypatch.chdir(tmp_path)
+    module.main([*options, "--data-dir", str(tiny), "--device", "cpu", "--csv", "scores.csv"])
+    (tuned, *_), (teacher, few, *_), (student, images, soft, settings, network) = calls
+    pretrained = torch.load("here.pt", weights_only=True)["model"]["backbone.0.weight"]
+    for weight in (tuned, teacher, student):
+        assert torch.equal(weight, pretrained)
+    assert len(few) == 20 and len(images) == 320 and settings == (10, 0, 0.001)
+    expected = calls[1][-1](images).softmax(dim=1)
+    torch.testing.assert_close(soft, expected)
+    data = common.load_dataset("fashion-mnist", tiny)
+    correct = (network(data.test_images).argmax(dim=1) == data.test_labels).sum().item()
+    assert f"here.pt distilled {correct:15.2f}" in capsys.readouterr().out and correct > 20
+    [line] = [x for x in Path("scores.csv").read_text().splitlines() if "distilled" in x]
+    assert line.startswith("here.pt distilled,here.pt,")
 
 
 def test_refresh_leaves_a_fresh_diff_alone():

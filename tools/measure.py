@@ -107,7 +107,9 @@ def all_runs():
         frozen = Evaluation((100, 200, "all"), dataset=SMALL[-1])
         baselines = " --baselines" * (name == "simclr" and dataset == SMALL[1])
         trained = frozen._replace(flags=f"--finetune{baselines}")
-        yield Run("photos", name, dataset, epochs, 0, (frozen, trained))
+        student = trained._replace(flags="--finetune", script="linear_eval_distill")
+        once = (student,) * (name == "simclr" and dataset == SMALL[1] and steps == 40_000)
+        yield Run("photos", name, dataset, epochs, 0, (frozen, trained, *once))
 
     # docs/variants.md and docs/family.md.
     ablations = (
@@ -309,7 +311,8 @@ def budget(labels, dataset):
 def missing_labels(run, evaluation, rows):
     """Return those numbers of labels of an evaluation that lack a row."""
     dataset, flags = evaluation.dataset or run.dataset, evaluation.flags
-    kinds = ["fine-tuned"] * ("--finetune" in flags) + ["labels only"] * ("--baselines" in flags)
+    trained = "distilled" if evaluation.script == "linear_eval_distill" else "fine-tuned"
+    kinds = [trained] * ("--finetune" in flags) + ["labels only"] * ("--baselines" in flags)
     kinds = kinds or ["linear"]
     found = [
         (row["kind"], int(row["labels"]))

@@ -226,6 +226,9 @@ def photos(rows):
         trained = dict(run=run.name, trained_on=run.dataset, epochs=run.epochs)
         label = [f"{DATASETS[run.dataset][0]:,}", f"{steps_of(run):,} ({run.epochs:,} epochs)"]
         line([*label, METHODS[run.name]], few.of(**trained), ["linear", "fine-tuned"])
+        found = rows.of(script="linear_eval_distill", kind="distilled", dataset=FEW, **trained)
+        if found:
+            line([*label, f"{METHODS[run.name]}, distilled"], found, ["", "distilled"])
         used += rows.of(kind="training", **trained)
     head = ["images", "steps", ""]
     head += ["100 labels: linear", "fine-tuned", "200: linear", "fine-tuned"]
