@@ -199,7 +199,7 @@ def test_network_of_a_variant_is_built(name, load_variant, tmp_path):
     assert model.projector(model.backbone(torch.zeros(2, 3, 32, 32))).shape[0] == 2
 
 
-def rows_of_simclr(bf16="True"):
+def rows_of_simclr(bf16="False"):
     """Return made-up rows: two seeds, two draws of 100 labels, all labels."""
     base = dict.fromkeys(measure.COLUMNS, "")
     base |= dict(script="linear_eval", backbone="convnet", dataset=tables.CIFAR, scored="test")
@@ -225,6 +225,11 @@ def test_cells_of_tables():
     assert "| SimCLR | 43.0 ± 1.4 | - | 70.0 | 50.0 | 2 |" in text
     assert "| random network | - | - | 50.0 | - |  |" in text
     assert "| BYOL | - | - | - | - |  |" in text
+    # Runs in bf16 are of other tables.
+    both = tables.Rows(rows_of_simclr() + rows_of_simclr("True"))
+    assert tables.of_precision(both, "ten-cifar10").of(run="simclr", bf16="True", epochs=10) == []
+    text = tables.TABLES["precision"](both)
+    assert "| SimCLR, CIFAR-10 (JPEG) | - | - | 70.0 | 70.0 |" in text
     # Means of the draws: 40.5 and 45.5.
     text = tables.TABLES["pays-cifar10"](rows_of_simclr())
     assert "| linear on SimCLR, 10 epochs | 43.0 ± 3.5 | - | 70.0 |" in text
@@ -241,7 +246,7 @@ def test_what_is_not_measured_leaves_a_page_alone():
 
 def test_figures_of_a_docstring():
     """They are those of the command beside them, without --bf16."""
-    rows = rows_of_simclr("False")
+    rows = rows_of_simclr()
     rows.append(rows[4] | dict(bf16="True", accuracy="99"))
     for row in rows:
         row |= {name: row[name].replace(tables.CIFAR, tables.FASHION) for name in row}
@@ -264,7 +269,7 @@ def test_changed_digit_is_found(page, tmp_path):
     for path in (ROOT / "README.md", *(ROOT / f"{name}.py" for name in METHODS)):
         shutil.copy(path, tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("*.png"))
-    rows = rows_of_simclr() + rows_of_simclr("False")
+    rows = rows_of_simclr()
     for data, n in ((tables.FASHION, "60000"), (tables.CIFAR, "1000")):
         for row in [row for row in rows if row["labels"] == "50000"]:
             where = dict(dataset=data, labels=n, trained_on=row["trained_on"] and data)

@@ -115,7 +115,8 @@ def test_pictures_of_the_documentation(runs, tmp_path):
     for epochs in (10, 100):
         row = dict(kind="linear", row="a.pt", run="simclr", epochs=epochs, accuracy=50)
         rows.append(base | row | dict(training_seconds=60 * epochs, bf16="True"))
-    rows.append(rows[1] | dict(dataset="Fashion-MNIST", bf16="False"))  # not to be drawn
+    rows.append(rows[1] | dict(bf16="False"))
+    rows.append(rows[1] | dict(dataset="Fashion-MNIST"))  # not to be drawn
     with open(tmp_path / "results.csv", "w") as file:
         writer = csv.DictWriter(file, rows[1])
         writer.writeheader()

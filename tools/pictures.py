@@ -499,8 +499,9 @@ def draw_docs(args, loaded):
     rows = read_rows(args.csv or ROOT / "docs" / "results.csv")
     rows = [row for row in rows if row["scored"] == "test" and row["script"] == "linear_eval"]
     # Some runs were repeated in float32, to compare; untrained rows have no precision.
-    rows = [row for row in rows if row["backbone"] == "convnet" and row["bf16"] != "False"]
-    draw_time(rows, docs / "accuracy-over-time.png")
+    rows = [row for row in rows if row["backbone"] == "convnet"]
+    draw_time([row for row in rows if row["bf16"] != "False"], docs / "accuracy-over-time.png")
+    rows = [row for row in rows if (row["bf16"], row["epochs"]) != ("True", "10")]  # as tables.py
     draw_accuracy(rows, docs / "accuracy.png")
     for dataset, name in (("CIFAR-10 (JPEG)", "labels-cifar10"), ("Fashion-MNIST", "labels")):
         part = []

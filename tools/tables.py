@@ -146,7 +146,7 @@ def readme_first(rows):
         ("byol.pt", "byol", "linear"),
     ):
         found = linear(rows, name, FASHION, 10, kind).of(labels=60_000)
-        found = found.of(seed=0, bf16="False") if name else found
+        found = found.of(seed=0) if name else found
         cells = mean(found.numbers("accuracy"), 2), mean(found.numbers("knn"), 2)
         lines.append(f"{label:<11}{cells[0]:>15}{cells[1]:>15}")
     return "\n".join(["```", *lines, "```"])
@@ -378,8 +378,6 @@ def family(rows):
     return f"{markdown(head, lines)}\n\n{source(used)}"
 
 
-# All other tables show runs with --bf16: on the CPU that measured them it is a third faster.
-FLOAT32 = "first", "precision", "digits", "time"
 TABLES = {
     "first": readme_first,
     "precision": precision,
@@ -404,6 +402,13 @@ TABLES = {
 }
 
 
+def of_precision(rows, name):
+    """Return the rows that a table shows: ten epochs in float32 or in bf16, a hundred in bf16."""
+    bf16 = name.startswith(("variants", "relatives", "family", "photos"))
+    other = ("False", "10") if bf16 else ("True", "10")
+    return Rows(x for x in rows if name == "precision" or (x["bf16"], x["epochs"]) != other)
+
+
 def read(path):
     """Return the rows of results.csv."""
     with path.open(newline="", encoding="utf-8") as file:
@@ -416,7 +421,7 @@ def fill(text, rows):
     def table(match):
         if match[2] not in TABLES:
             sys.exit(f"there is no table {match[2]}, only {', '.join(TABLES)}")
-        chosen = rows if match[2] in FLOAT32 else Rows(x for x in rows if x["bf16"] != "False")
+        chosen = of_precision(rows, match[2])
         blank, lines = (TABLES[match[2]](x).splitlines() for x in (Rows(), chosen))
         measured = [line for line in lines if " - |" not in line or line not in blank]
         if lines == blank or (EARLIER in match[0] and measured != lines):
