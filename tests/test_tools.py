@@ -129,6 +129,23 @@ def test_pictures_of_the_documentation(runs, tmp_path):
     check(tmp_path / "docs", names)
 
 
+def test_bars_of_four_methods(monkeypatch, tmp_path):
+    """Each is the mean over seeds and draws. A length that not all four have is left out."""
+    saved, rows = [], []
+    monkeypatch.setattr(pictures, "save", lambda figure, path: saved.append(figure))
+    for dataset in ("Fashion-MNIST", "CIFAR-10 (JPEG)"):
+        base = dict(dataset=dataset, labels="1000", epochs="10")
+        rows.append(base | dict(kind="random init", run="", accuracy="34"))
+        for i, method in enumerate(pictures.METHODS):
+            for accuracy in (50 + i, 60 + i):
+                rows.append(base | dict(kind="linear", run=method, accuracy=accuracy))
+    rows.append(rows[-1] | dict(epochs="100"))
+    pictures.draw_accuracy(rows, tmp_path)
+    for axes in saved[0].axes:
+        assert [bar.get_height() for bar in axes.patches] == [55, 56, 57, 58]
+        assert axes.lines[0].get_ydata()[0] == 34
+
+
 def test_scores_of_another_kind_are_refused(runs, tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     process = draw(runs, "data", "--csv", tmp_path / "other.csv", "--out", tmp_path)

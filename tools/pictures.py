@@ -464,24 +464,31 @@ def draw_time(rows, path):
 
 
 def draw_accuracy(rows, path):
-    """Draw bars of the methods on both data sets, a random network and labels only as lines."""
+    """Draw bars of the methods on both data sets, a random network and labels only as lines.
+
+    Bars of a length are drawn where all four methods have one.
+    """
     figure, [panes] = panels(10, 3.6, 1, 2)
     for axes, dataset in zip(panes, ("Fashion-MNIST", "CIFAR-10 (JPEG)"), strict=True):
         part = [row for row in rows if row["dataset"] == dataset and row["labels"] == "1000"]
         for kind, style in (("random init", "--"), ("labels only", ":")):
             values = [float(row["accuracy"]) for row in part if row["kind"] == kind]
-            if not values:
-                return print(f"{path}: results.csv has no rows of {kind} on {dataset}")
             title = {"random init": "random network"}.get(kind, kind)
-            axes.axhline(statistics.mean(values), color="0.2", linestyle=style, label=title)
-        for i, epochs in enumerate(("10", "100")):
-            for j, method in enumerate(METHODS):
-                found = [row for row in part if (row["run"], row["epochs"]) == (method, epochs)]
-                values = [float(row["accuracy"]) for row in found if row["kind"] == "linear"]
-                if values:
-                    mean, label = statistics.mean(values), f"{epochs} epochs" if j == 0 else None
-                    bar = axes.bar(j + 0.4 * i - 0.2, mean, 0.38, color=f"C{i}", label=label)
-                    axes.bar_label(bar, [f"{mean:.1f}"], fontsize=8)
+            if values:
+                axes.axhline(statistics.mean(values), color="0.2", linestyle=style, label=title)
+        bars = {}
+        for row in part:
+            if row["kind"] == "linear" and row["run"] in METHODS and row["epochs"] in ("10", "100"):
+                runs = bars.setdefault(int(row["epochs"]), {}).setdefault(row["run"], [])
+                runs.append(float(row["accuracy"]))
+        bars = {epochs: bars[epochs] for epochs in sorted(bars) if len(bars[epochs]) == 4}
+        if not bars or not axes.lines:
+            return print(f"{path}: results.csv lacks rows of {dataset}")
+        for i, (epochs, runs) in enumerate(bars.items()):
+            x = [j + 0.4 * i - 0.2 * (len(bars) - 1) for j in range(len(METHODS))]
+            means = [statistics.mean(runs[method]) for method in METHODS]
+            bar = axes.bar(x, means, 0.38, color=f"C{i}", label=f"{epochs} epochs")
+            axes.bar_label(bar, [f"{mean:.1f}" for mean in means], fontsize=8)
         axes.set_xticks(range(len(METHODS)), METHODS.values())
         lowest = min(line.get_ydata()[0] for line in axes.lines)
         highest = max(patch.get_height() for patch in axes.patches)
