@@ -292,6 +292,7 @@ def evaluation_rows(run, evaluation, saved, commit, args):
             continue
         what = row["row"].removeprefix(str(path)).strip()  # nothing, or "fine-tuned"
         row["device"] = row["device"].replace("cpu", processor())
+        row["seconds"] = round(float(row["seconds"]), 2)
         if what in SHARED:
             row |= dict(backbone=saved["args"]["backbone"], commit=commit)
         else:
