@@ -132,7 +132,7 @@ def load_fashion_mnist(data_dir):
 
 def load_digits():
     """Load scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; the last 400 are the test."""
-    import sklearn.datasets  # here, as nothing else needs scikit-learn
+    import sklearn.datasets  # here, as training on other images does not need scikit-learn
 
     digits = sklearn.datasets.load_digits()
     images = torch.from_numpy(digits.images * 255 / 16).to(torch.uint8)[:, None]

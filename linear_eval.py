@@ -3,10 +3,10 @@
     python linear_eval.py --weights byol.pt
     python linear_eval.py --weights simclr.pt moco.pt --labels 100 1000 all --csv scores.csv
 
-Every image goes once through the frozen backbone, which gives its features. A linear classifier and
-a vote of the nearest neighbours learn from those of labelled training images, and are scored on
-those of the test images. Two rows stand above every result: the raw pixels, and the same backbone
-with random weights. Only what a result adds to those was learnt. N images, F features, K classes.
+Linear evaluation: a frozen backbone turns each image into features. A linear classifier and a vote
+of nearest neighbours, which can learn little themselves, get those of labelled training images and
+are scored on the test images. The first two rows are for comparison: raw pixels, and the backbone
+with random weights. Only what a checkpoint adds was learnt. N images, F features, K classes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from common import DataError, build_backbone, load_dataset
 from simclr import augment
 
 CANDIDATES = (1, 10, 30, 100, 300)  # for C: the larger, the weaker the penalty on the weights
-STEPS, EPOCHS, BATCH_SIZE, LR = 3000, 30, 128, 0.03  # with labels: the longer of the two
+STEPS, EPOCHS, BATCH_SIZE, LR = 3000, 30, 128, 0.03  # STEPS, or EPOCHS if they take longer
 FINETUNE_LR = 0.001  # of a pretrained backbone: with few labels a higher rate undoes its training
 
 
@@ -44,7 +44,7 @@ def load_encoder(path):
             raise DataError(f"{path} has weights that are not finite: train again, at a lower --lr")
         return normalized(backbone, args["mean"], args["std"]), checkpoint
     except Exception as error:  # a damaged file can fail in any way
-        raise DataError(f"{path} is missing, damaged, or no training script wrote it") from error
+        raise DataError(f"{path} is missing, damaged, unfinished or of another program") from error
 
 
 def normalized(network, mean, std):
@@ -67,8 +67,8 @@ def extract_features(encoder, images):
 def linear_probe(features, labels, n_classes):
     """Return an nn.Linear fitted to features (N, F) of length 1 and labels (N,), and its C.
 
-    C is the candidate that is best on held-out images: of up to 2,000, each fifth in turn; of more,
-    all but 5,000, or a fifth if that is more.
+    C is the candidate that is best on images held out of the fit: of up to 2,000, five parts in
+    turn; of more, all but 5,000, or a fifth if that is more.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     parts = order.chunk(5) if len(order) <= 2000 else [order[min(5000, len(order) * 4 // 5) :]]
@@ -90,7 +90,7 @@ def linear_probe(features, labels, n_classes):
 def fit(layer, features, labels, c, steps=100):
     """Minimise C * sum of cross-entropies + ||W||^2 / 2, as scikit-learn's LogisticRegression(C=c).
 
-    With two classes, that has one row of weights where the layer has two: there it has C=2 * c.
+    With two classes scikit-learn has one row of weights, the layer two: theirs is then C=2 * c.
     """
     options = dict(max_iter=steps, history_size=30, line_search_fn="strong_wolfe")
     optimizer = torch.optim.LBFGS(layer.parameters(), **options)
@@ -113,8 +113,9 @@ def knn_accuracy(train, train_labels, test, test_labels, k=200, temperature=0.1)
     guesses = []
     for x in test.split(500):
         cosines, nearest = (x @ train.T).topk(min(k, len(train)), dim=1)  # (500, k)
-        votes = F.one_hot(train_labels[nearest]) * (cosines / temperature).exp()[:, :, None]
-        guesses.append(votes.sum(dim=1).argmax(dim=1))
+        votes = x.new_zeros(len(x), train_labels.max() + 1)  # (500, K)
+        votes.scatter_add_(1, train_labels[nearest], (cosines / temperature).exp())
+        guesses.append(votes.argmax(dim=1))
     return percent(torch.cat(guesses), test_labels)
 
 
@@ -126,7 +127,7 @@ def percent(guesses, labels):
 def train_with_labels(encoder, images, labels, n_classes, seed=0, backbone_lr=FINETUNE_LR):
     """Return a network from uint8 images (N, C, H, W) to logits (N, K), trained with labels (N,).
 
-    It is a copy of the encoder and a linear layer. With pretrained weights this is fine-tuning.
+    It is a copy of the encoder and a linear layer. From random weights, pass backbone_lr=LR.
     """
     scale, normalize, backbone = deepcopy(encoder)
     size = min(BATCH_SIZE, len(images))
@@ -158,8 +159,8 @@ def draw_labels(labels, indices, budget, classes, seed):
     fewest, rare = min(zip(map(len, groups), classes, strict=True))
     most = len(classes) * fewest
     if budget not in range(len(classes), most + 1, len(classes)):
-        why = f"{rare} has {fewest} images"
-        raise DataError(f"--labels {budget}: a multiple of {len(classes)} up to {most}, as {why}")
+        why = f"{rare} has {fewest} to draw from"
+        raise DataError(f"--labels {budget}: take a multiple of {len(classes)} up to {most}: {why}")
     generator, each = torch.Generator().manual_seed(seed), budget // len(classes)
     drawn = [group[torch.randperm(len(group), generator=generator)[:each]] for group in groups]
     return torch.cat(drawn).sort().values
@@ -175,7 +176,7 @@ def load(args):
     for path, (_, checkpoint) in loaded.items():
         backbone, images = checkpoint["args"]["backbone"], checkpoint["args"]["images"]
         if backbone != first["backbone"] or images[1:] != shape:
-            raise DataError(f"{path}: {backbone}, {images[1:]}, not {first['backbone']}, {shape}")
+            raise DataError(f"{path} has {backbone} {images[1:]}, not {first['backbone']} {shape}")
 
     known = (data.train_labels >= 0).nonzero().flatten()
     if args.validation:  # hold the same images out each time
@@ -186,7 +187,6 @@ def load(args):
     if len(known) < 2 or not len(data.test_labels):
         numbers = f"{len(known)} images with labels to learn from, {len(data.test_labels)} to score"
         raise DataError(f"{args.dataset} has {numbers}: see --validation in docs/guide.md")
-
     moments = data.mean.tolist(), data.std.tolist()
     torch.manual_seed(args.seed)
     random_init = normalized(build_backbone(first["backbone"], *shape[:2]), *moments)
@@ -205,16 +205,16 @@ def append(args, row, checkpoint, cell):
     line = dict(row=row, checkpoint=row.removesuffix(" fine-tuned") if checkpoint else "")
     line |= dict(method=trained.get("method"), dataset=args.dataset)
     line |= dict(scored=f"validation {args.validation}" if args.validation else "test") | cell
-    line |= dict(epochs=len(epochs) or "", seed=trained.get("seed"))
+    line |= dict(epochs=len(epochs) or "", seed=trained.get("seed", args.seed))
     line["training_seconds"] = round(sum(epoch["seconds"] for epoch in epochs), 1) or ""
     line["options"] = json.dumps(trained) if trained else ""
     line |= dict(device=device, threads=torch.get_num_threads(), torch=torch.__version__)
-    with open(args.csv, "a+", encoding="utf-8", newline="") as file:
+    with open(args.csv, "a+", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.seek(0)
-        header, found = ",".join(line) + "\n", file.readline()
+        header, found = ",".join(line), file.readline().rstrip()
         if found not in ("", header):
             raise DataError(f"--csv {args.csv} has other columns: name another file")
-        file.write("" if found else header)
+        file.write("" if found else header + "\n")
         csv.DictWriter(file, line, lineterminator="\n").writerow(line)
 
 
@@ -225,18 +225,18 @@ def parse_args(argv=None):
     option("--weights", nargs="+", required=True, metavar="PT", help="checkpoints")
     option("--labels", nargs="+", default=["all"], metavar="N", help="numbers of labels, or all")
     option("--trials", type=int, default=3, help="draws of N labels: mean and deviation")
-    option("--validation", type=int, default=0, metavar="N", help="score on N training images")
+    option("--validation", type=int, default=0, metavar="N", help="test on N training images")
     option("--baselines", action="store_true", help="add the network trained on labels alone")
     option("--finetune", action="store_true", help="add the networks fine-tuned on the labels")
-    option("--report", action="store_true", help="print scores and confusions (rows: classes)")
+    option("--report", action="store_true", help="scores and confusions (rows: true classes)")
     option("--csv", metavar="FILE", help="append a line for each draw")
-    option("--seed", type=int, default=0, help="of the labels drawn and the random backbone")
+    option("--seed", type=int, default=0, help="of the draws, and of weights that start random")
     option("--dataset", help="as in training; unset: the one of the first checkpoint")
     option("--data-dir", default="data", help="downloads, decoded images")
     option("--device", choices=sorted({device, "cpu"}), default=device)
     args = parser.parse_args(argv)
-    known = all(n == "all" or n.isdecimal() for n in args.labels)
-    if not known or args.trials < 1 or args.validation < 0:
+    valid = all(n == "all" or n.isdecimal() for n in args.labels)
+    if not valid or args.trials < 1 or args.validation < 0:
         parser.error("--labels are numbers or all, --trials is 1 or more, --validation 0 or more")
     return args
 
@@ -245,7 +245,7 @@ def main(argv=None):
     """Print a table of how well pixels, random features and learnt features tell classes apart."""
     args = parse_args(argv)
     rows, data, known = load(args)
-    truth, classes, every = data.test_labels, data.classes, range(len(data.classes))
+    truth, classes, numbers = data.test_labels, data.classes, range(len(data.classes))
     draws, last = {}, {}  # number of labels: {seed: indices of the images}; row: its last guesses
     for n in sorted({len(known) if n == "all" else int(n) for n in args.labels}):
         seeds = range(10_000 * args.seed, 10_000 * args.seed + args.trials)
@@ -253,17 +253,17 @@ def main(argv=None):
         if n != len(known):
             draws[n] = {x: draw_labels(data.train_labels, known, n, classes, x) for x in seeds}
 
-    most, width = data.train_labels[known].mode().values, max(len(row[0]) for row in rows)
+    commonest, width = data.train_labels[known].mode().values, max(len(row[0]) for row in rows)
     uneven = len(truth.bincount(minlength=len(classes)).unique()) > 1
     titles = [f"{n:,} labels" for n in draws] + ["kNN"] + ["balanced"] * uneven
     print(f"{args.dataset}: accuracy in percent on {len(truth):,} images.")
-    print(f"Always guessing {classes[most]} gives {percent(most, truth):.2f}.\n")
+    print(f"Always guessing {classes[commonest]} gives {percent(commonest, truth):.2f}.\n")
     print(" " * width + "".join(f"{title:>15}" for title in titles))
     for name, encoder, checkpoint, rate in rows:
         encoder, cells, begun = encoder.to(args.device), [], time.perf_counter()
-        test = extract_features(encoder, data.test_images)
+        test = None if rate else extract_features(encoder, data.test_images)
         for n, drawn in draws.items():
-            scores = []
+            scores, votes = [], []
             for seed, indices in drawn.items():
                 images, labels = data.train_images[indices], data.train_labels[indices]
                 if rate:
@@ -273,7 +273,7 @@ def main(argv=None):
                     train = extract_features(encoder, images)
                     layer, c = linear_probe(train, labels, len(classes))
                     guesses, knn = layer(test).argmax(1), knn_accuracy(train, labels, test, truth)
-                scores.append(percent(guesses, truth))
+                scores, votes = [*scores, percent(guesses, truth)], [*votes, knn]
                 if args.csv:
                     cell = dict(labels=n, draw=seed, accuracy=scores[-1], knn=knn, c=c)
                     append(args, name, checkpoint, cell | dict(seconds=time.perf_counter() - begun))
@@ -281,14 +281,14 @@ def main(argv=None):
             deviation = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
             cells.append(f"{statistics.mean(scores):.2f}{deviation}")
         last[name] = truth.cpu(), guesses.cpu()
-        cells.append(f"{knn:.2f}" if knn else "-")
+        cells.append("-" if rate else f"{statistics.mean(votes):.2f}")
         if uneven:
             recall = recall_score(*last[name], labels=truth.unique().cpu(), average="macro")
             cells.append(f"{100 * recall:.2f}")
         print(f"{name:<{width}}" + "".join(f"{cell:>15}" for cell in cells), flush=True)
     for name, pair in last.items() if args.report else ():
-        print(f"\n{name}\n{confusion_matrix(*pair, labels=every)}")
-        print(classification_report(*pair, labels=every, target_names=classes, zero_division=0))
+        print(f"\n{name}, {n:,} labels\n{confusion_matrix(*pair, labels=numbers)}")
+        print(classification_report(*pair, labels=numbers, target_names=classes, zero_division=0))
 
 
 if __name__ == "__main__":

@@ -99,8 +99,8 @@ def test_table_and_csv_say_what_the_functions_say(checkpoint, tiny, tmp_path):
     assert float(lines[6]["training_seconds"]) == pytest.approx(seconds, abs=0.06)
     own = [lines[6][key] for key in ("checkpoint", "method", "epochs", "seed", "scored", "dataset")]
     assert own == ["byol.pt", "byol", "1", "0", "test", "fashion-mnist"]
-    of_none = ("checkpoint", "method", "epochs", "seed", "training_seconds", "options")
-    assert [lines[0][key] for key in of_none] == [""] * 6
+    of_none = ("checkpoint", "method", "epochs", "training_seconds", "options")
+    assert [lines[0][key] for key in of_none] == [""] * 5 and lines[0]["seed"] == "0"
     assert lines[0]["torch"] == torch.__version__ and lines[0]["device"]
     assert lines[0]["threads"] == str(torch.get_num_threads())
     assert text.startswith(
@@ -392,9 +392,12 @@ def photos(tmp_path_factory):
         (["--dataset", "pets", "--validation", 20], "pets has 1 images with labels"),
         (
             ["--dataset", "pets", "--validation", 15, "--labels", 3],
-            "--labels 3: a multiple of 2 up to ",
+            "--labels 3: take a multiple of 2 up to ",
         ),
-        (["--dataset", "pets", "--validation", 8, "--labels", 12], "up to 10, as cat has 5 images"),
+        (
+            ["--dataset", "pets", "--validation", 8, "--labels", 12],
+            "to 10: cat has 5 to draw from",
+        ),
     ],
 )
 def test_images_that_cannot_be_scored(photos, options, words):
@@ -411,7 +414,7 @@ def test_uneven_classes(photos, monkeypatch):
     cells = r" +([\d.]+) +[\d.]+ +([\d.]+)$"
     rows = re.findall(rf"^(raw pixels|random init|simclr.pt){cells}", process.stdout, re.M)
     assert len(rows) == 3 and re.search(
-        r"^simclr.pt +\d.*\n\nraw pixels\n\[\[", process.stdout, re.M
+        r"^simclr.pt +\d.*\n\nraw pixels, 13 labels\n\[\[", process.stdout, re.M
     )
     matrices = re.findall(r"\[\[ ?(\d+) +(\d+)\]\n \[ ?(\d+) +(\d+)\]\]", process.stdout)
     for (_, plain, balanced), matrix in zip(rows, matrices, strict=True):
@@ -460,7 +463,7 @@ def test_bad_weights_are_refused_in_one_line(checkpoint, tiny, tmp_path, kind):
         BAD[kind](tmp_path / "bad.pt", saved)
     process = evaluate(tmp_path, tiny, "--weights", "bad.pt")
     assert process.returncode == 1 and process.stdout == ""
-    whole = "is missing, damaged, or no training script wrote it\n"
+    whole = "is missing, damaged, unfinished or of another program\n"
     reason = "has weights that are not finite: train again" if kind == "not finite" else whole
     assert process.stderr.startswith(f"bad.pt {reason}")
     assert process.stderr.count("\n") == 1
@@ -469,13 +472,13 @@ def test_bad_weights_are_refused_in_one_line(checkpoint, tiny, tmp_path, kind):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--labels", "0"], "--labels 0: a multiple of 10 up to 320, as "),
+        (["--labels", "0"], "--labels 0: take a multiple of 10 up to 320: "),
         (["--labels", "few"], "--labels are numbers or all"),
-        (["--labels", "7"], "--labels 7: a multiple of 10 up to 320, as "),
-        (["--labels", "330"], "--labels 330: a multiple of 10 up to 320, as "),
+        (["--labels", "7"], "--labels 7: take a multiple of 10 up to 320: "),
+        (["--labels", "330"], "--labels 330: take a multiple of 10 up to 320: "),
         (["--trials", "0"], "--trials is 1 or more"),
         (["--validation", "-1"], "--validation 0 or more"),
-        (["--dataset", "photos"], "byol.pt: convnet, [1, 28, 28], not convnet, [3, 28, 28]"),
+        (["--dataset", "photos"], "byol.pt has convnet [1, 28, 28], not convnet [3, 28, 28]"),
     ],
 )
 def test_bad_options_are_refused(checkpoint, tiny, options, words):
