@@ -253,21 +253,37 @@ def test_linear_eval_distill(load_variant, tiny, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(module, "train_with_labels", watched)
     monkeypatch.setattr(module, "STEPS", 30)
-    options = ["--weights", "here.pt", "--labels", "20", "--trials", "1", "--finetune"]
     monkeypatch.chdir(tmp_path)
+    options = ["--weights", "here.pt", "--labels", "20", "--trials", "1", "--finetune"]
     module.main([*options, "--data-dir", str(tiny), "--device", "cpu", "--csv", "scores.csv"])
-    (tuned, *_), (teacher, few, *_), (student, images, soft, settings, network) = calls
+    (first, _, few, _, teacher), (second, images, soft, settings, student) = calls
     pretrained = torch.load("here.pt", weights_only=True)["model"]["backbone.0.weight"]
-    for weight in (tuned, teacher, student):
-        assert torch.equal(weight, pretrained)
-    assert len(few) == 20 and len(images) == 320 and settings == (10, 0, 0.001)
-    expected = calls[1][-1](images).softmax(dim=1)
-    torch.testing.assert_close(soft, expected)
+    assert torch.equal(first, pretrained) and torch.equal(second, pretrained)
+    assert len(few) == 20 and len(images) == 320
+    assert settings == (10, 0, 0.001, module.crop_and_mirror)
+    torch.testing.assert_close(soft, teacher(images).softmax(dim=1))
     data = common.load_dataset("fashion-mnist", tiny)
-    correct = (network(data.test_images).argmax(dim=1) == data.test_labels).sum().item()
-    assert f"here.pt distilled {correct:15.2f}" in capsys.readouterr().out and correct > 20
+    correct = (student(data.test_images).argmax(dim=1) == data.test_labels).sum().item()
+    assert f"here.pt distilled {correct:14.2f}" in capsys.readouterr().out and correct > 20
     [line] = [x for x in Path("scores.csv").read_text().splitlines() if "distilled" in x]
     assert line.startswith("here.pt distilled,here.pt,")
+
+
+def test_views_of_the_student_are_mild(load_variant, monkeypatch):
+    """They are mirrored crops: the colours of an image stay, and half of its area at least."""
+    module, views = load_variant("linear_eval_distill"), []
+    encoder = module.normalized(module.build_backbone("convnet", 3, 32), [0.5] * 3, [0.2] * 3)
+    encoder[1].register_forward_hook(lambda _, inputs, __: views.append(inputs[0]))
+    monkeypatch.setattr(module, "STEPS", 2)
+    monkeypatch.setattr(module, "EPOCHS", 1)
+    ramp = torch.arange(32, dtype=torch.uint8).expand(60, 3, 32, 32).clone()
+    module.train_with_labels(
+        encoder, ramp, torch.ones(60, 2) / 2, 2, 0, 0.001, module.crop_and_mirror
+    )
+    x = 255 * views[0]
+    torch.testing.assert_close(x[:, 0], x[:, 1])
+    width = (x[:, 0, 0, -1] - x[:, 0, 0, 0]).abs()
+    assert 10 < width.min() < 25 and 20 < (x[:, 0, 0, -1] > x[:, 0, 0, 0]).sum() < 40
 
 
 def test_refresh_leaves_a_fresh_diff_alone():
