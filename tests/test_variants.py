@@ -241,14 +241,14 @@ def test_linear_eval_z(load_variant, tiny, tmp_path):
 
 
 def test_linear_eval_distill(load_variant, tiny, tmp_path, monkeypatch, capsys):
-    """The student learns from the pretrained weights and what its teacher says of all images."""
+    """The student learns from pretrained weights what a linear classifier says of all images."""
     train_here(load_variant("simclr"), tmp_path, tiny)
     module, calls = load_variant("linear_eval_distill"), []
     original = module.train_with_labels
 
     def watched(encoder, images, labels, *settings):
         network = original(encoder, images, labels, *settings)
-        calls.append((encoder[-1][0].weight, images, labels, settings, network))
+        calls.append((encoder, images, labels, settings, network))
         return network
 
     monkeypatch.setattr(module, "train_with_labels", watched)
@@ -256,13 +256,17 @@ def test_linear_eval_distill(load_variant, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = ["--weights", "here.pt", "--labels", "20", "--trials", "1", "--finetune"]
     module.main([*options, "--data-dir", str(tiny), "--device", "cpu", "--csv", "scores.csv"])
-    (first, _, few, _, teacher), (second, images, soft, settings, student) = calls
+    [(encoder, images, soft, settings, student)] = calls
     pretrained = torch.load("here.pt", weights_only=True)["model"]["backbone.0.weight"]
-    assert torch.equal(first, pretrained) and torch.equal(second, pretrained)
-    assert len(few) == 20 and len(images) == 320
-    assert settings == (10, 0, 0.001, module.crop_and_mirror)
-    torch.testing.assert_close(soft, teacher(images).softmax(dim=1))
+    assert torch.equal(encoder[-1][0].weight, pretrained)
+    assert settings == (10, 0, 0.001, module.shift_and_mirror)
     data = common.load_dataset("fashion-mnist", tiny)
+    known = torch.arange(320)
+    drawn = module.draw_labels(data.train_labels, known, 20, data.classes, seed=0)
+    features = module.extract_features(encoder, data.train_images)
+    teacher, _ = module.linear_probe(features[drawn], data.train_labels[drawn], 10)
+    assert torch.equal(images, data.train_images)  # with and without labels
+    torch.testing.assert_close(soft, teacher(features).softmax(dim=1))
     correct = (student(data.test_images).argmax(dim=1) == data.test_labels).sum().item()
     assert f"here.pt distilled {correct:14.2f}" in capsys.readouterr().out and correct > 20
     [line] = [x for x in Path("scores.csv").read_text().splitlines() if "distilled" in x]
@@ -270,20 +274,23 @@ def test_linear_eval_distill(load_variant, tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_views_of_the_student_are_mild(load_variant, monkeypatch):
-    """They are mirrored crops: the colours of an image stay, and half of its area at least."""
+    """A pixel keeps its colour, and is found at most four of 32 pixels away, or mirrored there."""
     module, views = load_variant("linear_eval_distill"), []
     encoder = module.normalized(module.build_backbone("convnet", 3, 32), [0.5] * 3, [0.2] * 3)
     encoder[1].register_forward_hook(lambda _, inputs, __: views.append(inputs[0]))
     monkeypatch.setattr(module, "STEPS", 2)
     monkeypatch.setattr(module, "EPOCHS", 1)
-    ramp = torch.arange(32, dtype=torch.uint8).expand(60, 3, 32, 32).clone()
+    images = torch.zeros(200, 3, 32, 32, dtype=torch.uint8)
+    images[:, :, 16, 10] = torch.tensor([255, 102, 0], dtype=torch.uint8)
     module.train_with_labels(
-        encoder, ramp, torch.ones(60, 2) / 2, 2, 0, 0.001, module.crop_and_mirror
+        encoder, images, torch.ones(200, 2) / 2, 2, 0, 0.001, module.shift_and_mirror
     )
-    x = 255 * views[0]
-    torch.testing.assert_close(x[:, 0], x[:, 1])
-    width = (x[:, 0, 0, -1] - x[:, 0, 0, 0]).abs()
-    assert 10 < width.min() < 25 and 20 < (x[:, 0, 0, -1] > x[:, 0, 0, 0]).sum() < 40
+    found = views[0][:, 0].nonzero()
+    assert len(found) == len(views[0])
+    torch.testing.assert_close(views[0].unique(), torch.tensor([0, 0.4, 1]))
+    assert (found[:, 1].min(), found[:, 1].max()) == (12, 20)
+    columns = found[:, 2].unique().tolist()
+    assert columns == [*range(6, 15), *range(17, 26)] and 30 < (found[:, 2] > 15).sum() < 98
 
 
 def test_refresh_leaves_a_fresh_diff_alone():
