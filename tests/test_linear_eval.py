@@ -132,10 +132,10 @@ def test_csv_keeps_what_it_has(checkpoint, tiny, tmp_path, monkeypatch):
 def test_csv_that_cannot_be_written(checkpoint, tiny, tmp_path):
     """A file of another kind stays as it is. A traceback would be of no help."""
     path = tmp_path / "notes.csv"
-    path.write_text("mine\n")
+    path.write_bytes(b"caf\xe9\n")  # no UTF-8
     options = ["--weights", "byol.pt", "--labels", 20, "--csv"]
     process = evaluate(checkpoint.parent, tiny, *options, path)
-    assert process.returncode == 1 and path.read_text() == "mine\n"
+    assert process.returncode == 1 and path.read_bytes() == b"caf\xe9\n"
     assert process.stderr == f"--csv {path} has other columns: name another file\n"
     process = evaluate(checkpoint.parent, tiny, *options, tmp_path)
     assert process.returncode == 1 and re.fullmatch(rf".*{tmp_path}.*\n", process.stderr)
