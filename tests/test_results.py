@@ -135,6 +135,51 @@ def test_jobs_of_a_small_folder(tmp_path):
     assert measure.missing_labels(run, alone, [row | dict(kind="labels only")]) == [100, 200]
 
 
+def test_runs_are_evaluated_together(tiny_runs, monkeypatch, tmp_path):
+    runs = [TINY_RUN, TINY_RUN._replace(seed=1)]
+    monkeypatch.setattr(measure, "all_runs", lambda: runs)
+    started = []
+
+    def start(job, args):
+        started.append(job)
+        return in_process(job, args)
+
+    monkeypatch.setattr(measure, "start", start)
+    rows = tiny_runs()
+    train = [((run,), None) for run in runs]  # first, and then both in one process
+    assert [(job.runs, job.evaluation) for job in started] == [*train, (tuple(runs), TINY[0])]
+    kinds = [(row["kind"], row["seed"] * (row["kind"] == "linear")) for row in rows]
+    for kind in (("linear", "0"), ("linear", "1"), ("raw pixels", ""), ("random init", "")):
+        assert kinds.count(kind) == 4
+
+    # Alone, a run has the same accuracies: the two are not mixed up.
+    for path in tmp_path.glob("*.csv"):
+        path.unlink()
+    alone = tiny_runs("--only", "seed 1")
+    assert len(started) == 4
+
+    def accuracies(rows):
+        linear = [row for row in rows if row["kind"] == "linear" and row["seed"] == "1"]
+        return [(row["labels"], row["draw"], row["accuracy"], row["row"]) for row in linear]
+
+    assert accuracies(alone) == accuracies(rows)
+
+
+def test_next_job(monkeypatch, tmp_path):
+    """Trainings come first, but for eight evaluations that share a process and the time for it."""
+    monkeypatch.setattr(measure, "alike", lambda job, args: job.evaluation)
+    options = measure.parse_args(
+        ["--checkpoints", str(tmp_path), "--commit", "x", "--speed", "1e4"]
+    )
+    runs = [TINY_RUN._replace(seed=seed) for seed in range(9)]
+    evaluations = [measure.evaluation_job((run,), TINY[0], options) for run in runs]
+    training = measure.Job((TINY_RUN,), None, [], 100_000)  # 30 s, as 20 are for the start
+    assert measure.choose([training, *evaluations[:7]], 1000, options) == training
+    assert measure.choose([training, *evaluations[:8]], 1000, options).runs == tuple(runs[:8])
+    assert measure.choose(evaluations, 51, options).runs == tuple(runs[:5])  # 5 s each, 5 to load
+    assert measure.choose(evaluations, 29, options) is None
+
+
 def test_evaluation_without_rows_is_not_repeated(tiny_runs, monkeypatch, capsys):
     started = []
 

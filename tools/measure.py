@@ -163,8 +163,7 @@ def all_runs():
         ("swav", 15),
         ("swav_multi_crop", 10),
         ("dino", 10),
-        ("dino", 25),
-        ("dino_multi_crop", 10),
+        ("dino_multi_crop", 4),
         ("moco_v3", 10),
         ("moco_v3_frozen_patches", 10),
     )
@@ -285,11 +284,17 @@ def processor():
 
 
 def evaluation_rows(run, evaluation, saved, commit, args):
-    """Return the rows that a copy of linear_eval.py has written for an evaluation so far."""
-    rows, path = [], checkpoint_of(run, args)
-    for row in read(scores_of(run, evaluation, args)):
-        if None in row.values():  # half a line: the evaluation is not over
-            continue
+    """Return the rows that copies of linear_eval.py have written for an evaluation so far.
+
+    Those that need no checkpoint are in the run's own file, or in that of a run evaluated with it.
+    """
+    rows, path, own = [], checkpoint_of(run, args), scores_of(run, evaluation, args)
+    for file in own.parent.glob(f"*{''.join(own.suffixes[-2:])}"):
+        found = read(file)
+        found = [row for row in found if None not in row.values()]  # or half a line: it goes on
+        rows += [row for row in found if row["checkpoint"] == str(path)]
+        rows += [row for row in found if row["row"] in SHARED and file == own]
+    for row in rows:
         what = row["row"].removeprefix(str(path)).strip()  # nothing, or "fine-tuned"
         row["device"] = row["device"].replace("cpu", processor())
         row["seconds"] = round(float(row["seconds"]), 2)
@@ -298,7 +303,7 @@ def evaluation_rows(run, evaluation, saved, commit, args):
         else:
             row |= facts(run, saved, commit) | dict(row=f"{path.name} {what}".strip())
         dataset = evaluation.dataset or run.dataset
-        rows.append(row | dict(kind=what or "linear", dataset=dataset, script=evaluation.script))
+        row |= dict(kind=what or "linear", dataset=dataset, script=evaluation.script)
     return rows
 
 
@@ -456,9 +461,9 @@ def patch(text, diff):
 
 
 class Job(NamedTuple):
-    """A process to start for a run: its training, or one of its evaluations."""
+    """A process to start: the training of a run, or an evaluation of one run or of several."""
 
-    run: Run
+    runs: tuple
     evaluation: Evaluation | None
     command: list
     images: float  # about how many will go forward and back through a convnet
@@ -483,20 +488,51 @@ def jobs_of(run, rows, args):
         if "resnet18" in options:
             weight *= 1 if torch.cuda.is_available() else 60
         images = weight * (run.epochs - done) * DATASETS[run.dataset][0]
-        jobs.append(Job(run, None, command + ["--resume"] * out.exists(), images))
-    for evaluation, labels in wanted:
-        if not labels:
-            continue
-        command = [*python, str(args.checkpoints / "scripts" / f"{evaluation.script}.py")]
-        command += ["--weights", str(out), "--labels", *map(str, labels), *evaluation.flags.split()]
-        place_of[1] = place(evaluation.dataset or run.dataset, args)
-        command += [*place_of, "--csv", str(scores_of(run, evaluation, args))]
-        command += ["--device", "cpu"] * ("--device cpu" in run.name)
-        budgets = [budget(n, evaluation.dataset or run.dataset) for n in labels]
-        trained = sum(draws * max(3_000 * 128, 30 * n) for n, draws in budgets)
-        images = 100_000 + trained * len(evaluation.flags.split()) / 2  # one view, not two
-        jobs.append(Job(run, evaluation, command, images))
-    return jobs
+        jobs.append(Job((run,), None, command + ["--resume"] * out.exists(), images))
+    wanted = [evaluation._replace(labels=tuple(labels)) for evaluation, labels in wanted]
+    return jobs + [evaluation_job((run,), x, args) for x in wanted if x.labels]
+
+
+def evaluation_job(runs, evaluation, args):
+    """Return the job that evaluates the checkpoints of runs in one process."""
+    dataset = evaluation.dataset or runs[0].dataset
+    command = [sys.executable, "-u", str(args.checkpoints / "scripts" / f"{evaluation.script}.py")]
+    command += ["--weights", *(str(checkpoint_of(run, args)) for run in runs)]
+    command += ["--labels", *map(str, evaluation.labels), *evaluation.flags.split()]
+    command += ["--dataset", place(dataset, args), "--data-dir", str(args.data_dir)]
+    command += ["--csv", str(scores_of(runs[0], evaluation, args))]
+    command += ["--device", "cpu"] * ("--device cpu" in runs[0].name)
+    budgets = [budget(n, dataset) for n in evaluation.labels]
+    trained = sum(draws * max(3_000 * 128, 30 * n) for n, draws in budgets)
+    images = 50_000 + trained * len(evaluation.flags.split()) / 2  # one view, not two
+    return Job(runs, evaluation, command, 50_000 + images * len(runs))
+
+
+def alike(job, args):
+    """Return what must be equal for evaluations to share a process, and what none learnt."""
+    [run], evaluation = job.runs, job.evaluation
+    options = checkpoint(run, args)["args"]
+    network = options["backbone"], options["images"][1:], "--device cpu" in run.name
+    return evaluation, evaluation.dataset or run.dataset, *map(str, network)
+
+
+def choose(ready, time_left, args):
+    """Return the job to start, or None: a training, unless eight runs wait for one evaluation."""
+    ready = [job for job in ready if seconds_of(job, args) < time_left]
+    trainings = [job for job in ready if not job.evaluation]
+    waiting = {}
+    for job in ready:
+        if job.evaluation:
+            waiting.setdefault(alike(job, args), []).append(job)
+    most = max(waiting.values(), key=len, default=[])
+    if trainings and len(most) < 8:
+        return trainings[0]
+    for n in range(len(most), 0, -1):
+        runs = tuple(run for job in most[:n] for run in job.runs)
+        job = evaluation_job(runs, most[0].evaluation, args)
+        if seconds_of(job, args) < time_left:
+            return job
+    return None
 
 
 def seconds_of(job, args):
@@ -526,8 +562,8 @@ def collect(run, rows, args):
 
 
 def start(job, args):
-    """Start the job's process; its output goes to a log beside the checkpoint."""
-    path = checkpoint_of(job.run, args).with_suffix(".log")
+    """Start the job's process; its output goes to a log beside the (first) checkpoint."""
+    path = checkpoint_of(job.runs[0], args).with_suffix(".log")
     with path.open("a") as log:
         log.write(f"commit {args.commit} {shlex.join(job.command)}\n")
         log.flush()
@@ -543,43 +579,46 @@ def work(runs, rows, args):
         collect(run, rows, args)
     try:
         while True:
+            while len(running) < args.jobs:
+                busy = {identity(run) for job, _ in running.values() for run in job.runs}
+                ready = []
+                for run in runs:
+                    if run in over or identity(run) in busy | failed:
+                        continue
+                    jobs = jobs_of(run, rows, args)
+                    if not jobs:
+                        collect(run, rows, args)
+                        over.add(run)
+                    elif jobs[0].command not in [job.command for job in ready]:
+                        ready.append(jobs[0])
+                job = choose(ready, 60 * args.minutes - (time.monotonic() - begun), args)
+                if not job:
+                    break
+                running[start(job, args)] = job, time.monotonic()
+            if not running:
+                return
+            time.sleep(1)
             for process, (job, since) in list(running.items()):
                 ended = process.poll() is not None
-                if job.evaluation or ended:
-                    collect(job.run, rows, args)
+                for run in job.runs if job.evaluation or ended else ():
+                    collect(run, rows, args)
                 if not ended:
                     continue
                 del running[process]
                 what = "evaluated" if job.evaluation else "trained"
-                again = [next_job.command for next_job in jobs_of(job.run, rows, args)]
-                if process.returncode or job.command in again:  # it would go on for ever
-                    failed.add(identity(job.run))
-                    what = f"FAILED, see {checkpoint_of(job.run, args).with_suffix('.log')}:"
-                print(f"{time.monotonic() - since:6.0f} s  {what} {job.run}", flush=True)
-            busy = {identity(job.run) for job, _ in running.values()}
-            for run in runs:
-                if len(running) >= args.jobs:
-                    break
-                if run in over or identity(run) in busy | failed:
-                    continue
-                jobs = jobs_of(run, rows, args)
-                if not jobs and described(run, rows):
-                    over.add(run)
-                elif not jobs:
-                    collect(run, rows, args)
-                end = time.monotonic() - begun + seconds_of(jobs[0], args) if jobs else math.inf
-                if end < 60 * args.minutes:
-                    running[start(jobs[0], args)] = jobs[0], time.monotonic()
-                    busy.add(identity(run))
-            if not running:
-                return
-            time.sleep(1)
+                left = [x.evaluation for run in job.runs for x in jobs_of(run, rows, args)]
+                if process.returncode or job.evaluation in left:  # it would go on for ever
+                    failed |= set(map(identity, job.runs))
+                    what = f"FAILED, see {checkpoint_of(job.runs[0], args).with_suffix('.log')}:"
+                names = "; ".join(map(str, job.runs))
+                print(f"{time.monotonic() - since:6.0f} s  {what} {names}", flush=True)
     finally:
         signal.signal(signal.SIGTERM, before)
         for process, (job, _) in running.items():
             process.terminate()
             process.wait()
-            collect(job.run, rows, args)
+            for run in job.runs:
+                collect(run, rows, args)
 
 
 def pack(runs, args):
@@ -652,7 +691,7 @@ def main(argv=None):
     if args.list or args.dry_run:
         trained = set()
         for jobs in missing:
-            run = jobs[0].run
+            [run] = jobs[0].runs
             if not jobs[0].evaluation:  # a training counts once
                 jobs = jobs[identity(run) in trained :]
                 trained.add(identity(run))
@@ -664,7 +703,7 @@ def main(argv=None):
         print(f"{total / 60:6.1f} min in all, {total / 60 / args.jobs:.0f} with --jobs {args.jobs}")
         return
     write_scripts(args.checkpoints / "scripts")
-    used = {jobs[0].run.dataset for jobs in missing}
+    used = {jobs[0].runs[0].dataset for jobs in missing}
     used |= {job.evaluation.dataset for jobs in missing for job in jobs if job.evaluation}
     for dataset in used - {""}:  # here, or each process would decode the images by itself
         load(dataset, args)
