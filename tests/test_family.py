@@ -6,6 +6,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import write_images
 from torch.autograd import grad
 
 N, D = 6, 4
@@ -23,6 +24,12 @@ def watch(patch, place, name):
     """Return a list that will hold all calls of a function."""
     patch.setattr(place, name, Mock(wraps=getattr(place, name)))
     return getattr(place, name).call_args_list
+
+
+def model_of(module):
+    """The class of a script's model: the last that it defines."""
+    kinds = [x for x in vars(module).values() if isinstance(x, type)]
+    return [kind for kind in kinds if kind.__module__ == module.__name__][-1]
 
 
 def draw(rows=N, columns=D, seed=0):
@@ -243,6 +250,104 @@ def test_loss_and_gradients_equal_loops(load_variant, name):
     assert_equal(found, reference(a, b, *rest), a, b)
 
 
+def test_triplet_is_not_its_own_negative(load_variant):
+    """In float32 a view may seem less similar to itself than to a partner that is almost equal."""
+    z1, z2 = draw(128, 32, seed=1).detach(), draw(128, 32, seed=2).detach()
+    pair, loss = (z1, z1 + 1e-4 * z2), load_variant("simclr_triplet").triplet_loss
+    exact, rounded = loss(*pair, 0.5), loss(*(z.float() for z in pair), 0.5)
+    assert rounded.item() == pytest.approx(exact.item(), rel=1e-4) and exact < 0.1
+
+
+def pair(a, b):
+    return [(a, b)]
+
+
+def both_ways(a1, a2, b1, b2):
+    return [(a1, b2), (a2, b1)]
+
+
+CALLS = {  # variant: its loss, an option, and which outputs of the network each call gets
+    **{name: (CASES[name][0], "temperature", pair) for name in ("simclr_logistic", "cmc")},
+    **{name: (CASES[name][0], "temperature", pair) for name in ("invaspread", "supcon")},
+    "simclr_one_half": ("nt_xent", "temperature", pair),
+    "simclr_triplet": ("triplet_loss", "margin", pair),
+    "simclr_margin": ("margin_loss", "margin", pair),
+    **{name: (f"{name}_loss", "weight", pair) for name in ("barlow_twins", "lejepa")},
+    "simclr_n_pair": ("n_pair_loss", "weight", pair),
+    "vicreg": ("vicreg_loss", None, pair),
+    "cpc": ("info_nce", None, pair),
+    "instdisc": ("nce_loss", "temperature", lambda *v: [(torch.stack(v),)]),
+    "swav": ("swapped_loss", "temperature", lambda z1, s1, s2: [(s1, s2)]),
+    "swav_multi_crop": ("swapped_loss", "temperature", lambda z1, scores: [(scores,)]),
+    "moco_v3": ("contrast", "temperature", both_ways),
+    "moco_v3_frozen_patches": ("contrast", "temperature", both_ways),
+    "dino": ("dino_loss", None, both_ways),
+    "dino_multi_crop": ("multi_crop_loss", None, lambda scores, t1, t2: [(scores, (t1, t2))]),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_loss_gets_the_outputs(load_variant, variants, tiny, tmp_path, monkeypatch, name):
+    """Of two different views, from all processes, and an option from the command line."""
+    module, outputs = load_variant(name), []
+    function, option, expected = CALLS[name]
+    kind = model_of(module)
+    forward, losses = kind.forward, watch(monkeypatch, module, function)
+    gathered = watch(monkeypatch, module, "gather") if hasattr(module, "gather") else []
+
+    def see(self, *views):
+        assert not any(torch.equal(views[0], view) for view in views[1:])
+        outputs.append(forward(self, *views))
+        return outputs[-1]
+
+    monkeypatch.setattr(kind, "forward", see)
+    options = [f"--{option}", 0.7] if option else []
+    if name == "cmc":  # the tiny images are grey
+        write_images(tmp_path / "colour", 320)
+        options += ["--dataset", tmp_path / "colour"]
+    train_here(module, tmp_path, tiny, *options)
+
+    given = [rows for output in outputs for rows in expected(*output)]
+    assert len(outputs) == 5 and len(losses) == len(given)
+    for call, rows in zip(losses, given, strict=True):
+        torch.testing.assert_close(call.args[: len(rows)], rows)
+        assert not option or call.args[-1] == 0.7
+    if hasattr(module, "gather"):
+        rows = [row for rows in given for row in rows]
+        torch.testing.assert_close([call.args[0] for call in gathered], rows)
+
+
+def test_supcon_gets_the_labels_of_its_images(load_variant, tiny, tmp_path, monkeypatch):
+    module = load_variant("supcon")
+    losses, views = (watch(monkeypatch, module, x) for x in ("supcon_loss", "augment"))
+    train_here(module, tmp_path, tiny)
+    for call, view in zip(losses, views[::2], strict=True):
+        corner = (255 * view.args[0][:, 0, 0, :2]).round().long()  # which image it is
+        assert torch.equal(call.args[2], (16 * corner[:, 0] + corner[:, 1]) % 10)
+
+
+@pytest.mark.parametrize("name", ["swav", "swav_multi_crop", "dino", "dino_multi_crop", "moco_v3"])
+def test_network_treats_each_view_by_itself(load_variant, name):
+    module, multi = load_variant(name), name.endswith("crop")
+    kind, sizes = model_of(module), (16, 8) if name == "moco_v3" else (16, 8, 12)
+    model = kind(module.build_backbone("convnet", 1, 28), *sizes).eval()
+    for p in model.parameters():  # so that the two networks of a method differ
+        p.data += 0.1 * torch.rand_like(p)
+    views = torch.rand(6 if multi else 2, 5, 1, 28, 28).unbind()
+    found, z = model(*views), [model.projector(model.backbone(view)) for view in views]
+    if name.startswith("swav"):
+        z = [F.normalize(row, dim=1) for row in z]
+        scores = [row @ F.normalize(model.prototypes, dim=1).T for row in z]
+        expected = (z[0], torch.stack(scores, dim=1)) if multi else (z[0], *scores)
+    elif name == "moco_v3":
+        q, k = [*map(model.predictor, z)], [model.key_encoder(view) for view in views]
+        expected = tuple(F.normalize(row, dim=1) for row in (*q, *k))
+    else:
+        targets = [model.target(view) for view in views[:2]]
+        expected = (z, *targets) if multi else (*z, *targets)
+    torch.testing.assert_close(found, expected)
+
+
 def test_multi_crop_losses_equal_loops(load_variant):
     """Only the two large views are assigned or taught from, and none is compared with itself."""
     views = [draw(seed=seed) for seed in range(4)]
@@ -338,13 +443,22 @@ def test_lejepa_draws_other_directions_each_time(load_variant, tiny, tmp_path, m
     assert len({call.args[2].sum().item() for call in calls}) == 5
 
 
-def test_dino_center(load_variant):
-    module = load_variant("dino")
-    model = module.DINO(module.build_backbone("convnet", 1, 28), 16, 8, 12)
-    t = torch.randn(5, 12)
-    model.update_center(t)
-    model.update_center(t)
-    torch.testing.assert_close(model.center, 0.19 * t.mean(dim=0))  # 0.1 + 0.9 * 0.1
+@pytest.mark.parametrize("name", ["dino", "dino_multi_crop"])
+def test_dino_center(load_variant, tiny, tmp_path, monkeypatch, name):
+    """After each step it moves by a tenth towards the mean of the teacher's scores."""
+    module, center = load_variant(name), 0
+    forward, targets = module.DINO.forward, []
+
+    def see(self, *views):
+        outputs = forward(self, *views)
+        targets.append(torch.cat(outputs[-2:]))
+        return outputs
+
+    monkeypatch.setattr(module.DINO, "forward", see)
+    saved = train_here(module, tmp_path, tiny, "--backbone", "convnet")
+    for t in targets:
+        center = 0.9 * center + 0.1 * t.mean(dim=0)
+    torch.testing.assert_close(saved["model"]["center"], center)
 
 
 @pytest.mark.parametrize("backbone, size", [("convnet", 14), ("vit", 28)])
@@ -365,6 +479,9 @@ def test_multi_crop_views(load_variant, tiny, tmp_path, monkeypatch, name, backb
     train_here(module, tmp_path, tiny, "--backbone", backbone)
     assert shapes == [[(1, 28, 28)] * 2 + [(1, size, size)] * 4 + [6]] * 5
     assert [call.args[1:] for call in boxes] == ([()] * 2 + [(0.05, 0.25, size)] * 4) * 5
+    solarized = [call.kwargs.get("solarize", 0) for call in boxes]
+    assert solarized == [0, 0.2 * (name == "dino"), 0, 0, 0, 0] * 5
+    assert len({id(call.args[0]) for call in boxes[:6]}) == 1  # all of the same images
 
 
 def test_multi_crop_cuts_small_boxes(load_variant):
@@ -384,14 +501,17 @@ def test_moco_v3_patch_projection(load_variant, tiny, tmp_path, monkeypatch, nam
 
     def see(self):
         patches = next(p for p in self.param_groups[0]["params"] if p.shape == (64, 1, 4, 4))
-        watched.append((patches.detach().clone(), patches.grad))
+        watched.append(patches.grad)
         step(self)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", see)
     saved = train_here(module, tmp_path, tiny)
-    largest = [grad.abs().max().item() for _, grad in watched if grad is not None]
+    largest = [grad.abs().max().item() for grad in watched if grad is not None]
     assert saved["metrics"][0].get("patch_grad", 0) == max(largest, default=0)
     assert len(largest) == (5 if name == "moco_v3" else 0)
+    torch.manual_seed(0)
+    start = module.build_backbone("vit", 1, 28).conv_proj
     for key in ("backbone", "key_encoder.0"):
-        end = saved["model"][f"{key}.conv_proj.weight"]
-        assert torch.equal(watched[0][0], end) == (name != "moco_v3")
+        for part in ("weight", "bias"):
+            end = saved["model"][f"{key}.conv_proj.{part}"]
+            assert torch.equal(getattr(start, part), end) == (name != "moco_v3")

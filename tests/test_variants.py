@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DIFFS, ROOT, train, write_images
 from refresh_variants import refresh
-from test_family import train_here, watch
+from test_family import model_of, train_here, watch
 from torch import nn
 
 TRAINED = [name for name in DIFFS if not name.startswith("linear_eval")]
@@ -64,12 +64,6 @@ VIEWS = {  # does a view differ from the image in crop, and in colour? All other
     "simclr_mirror_alone": (False, False),
     "cmc": (True, False),
 }
-
-
-def model_of(module):
-    """The class of a script's model: the last that it defines."""
-    kinds = [x for x in vars(module).values() if isinstance(x, type)]
-    return [kind for kind in kinds if kind.__module__ == module.__name__][-1]
 
 
 def build(module, **sizes):
