@@ -170,6 +170,7 @@ def all_runs():
     few = Evaluation((1000, "all"))
     one = few._replace(labels=(1000,))
     other = {
+        **dict.fromkeys(four, (few,)),
         "simclr": (few, few._replace(script="linear_eval_z")),
         "simclr_v2": (few, few._replace(script="linear_eval_v2")),
         "cmc": (few._replace(script="linear_eval_cmc"),),
