@@ -160,7 +160,7 @@ def all_runs():
     )
     small_views = (  # and those without, ten epochs or about as many minutes
         ("swav", 10),
-        ("swav", 15),
+        ("swav", 20),
         ("swav_multi_crop", 10),
         ("dino", 10),
         ("dino_multi_crop", 4),
