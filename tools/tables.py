@@ -354,7 +354,7 @@ def family(rows):
     rows, lines, used = Rows(rows), [], Rows()
 
     def line(label, found, trained):
-        lines.append([label, each(trained.numbers("training_knn"))])
+        lines.append([label, each(trained.numbers("training_knn")) if trained else ""])
         lines[-1] += [each(found.of(labels=n).means("seed")) for n in (1000, 50_000)]
 
     for name, label in (METHODS | RELATIVES).items():
