@@ -298,18 +298,20 @@ def lines_of(name):
     return " ".join(f"{sign}{sum(line.startswith(sign) for line in body)}" for sign in "-+")
 
 
+LOSSES = [f"simclr_{loss}" for loss in ("triplet", "logistic", "margin", "n_pair")]
 NOTES = {
     "byol --tau 1": ": the target never moves",
     "linear_eval_z": ": z of `simclr.py`",
 }
 
 
-def variants(method):
-    """Return the ablations of a method, the two seeds beside each other."""
+def variants(method, names=()):
+    """Return the ablations of a method, or those named, the two seeds beside each other."""
+    if not names:
+        names = [name for name in names_of("variants", method) if name not in LOSSES]
+        names += ["linear_eval_z"] * (method == "simclr")
 
     def make(rows):
-        names = names_of("variants", method)
-        names += ["linear_eval_z"] * (method == "simclr")
         lines, used = [], Rows()
         for name in names:
             label, changed = f"`{name.replace(method, f'{method}.py', 1)}`", ""
@@ -396,6 +398,7 @@ TABLES = {
     "variants-byol": variants("byol"),
     "variants-moco": variants("moco"),
     "variants-simclr": variants("simclr"),
+    "variants-losses": variants("simclr", ["simclr", *LOSSES]),
     "relatives": relatives,
     "family": family,
 }
