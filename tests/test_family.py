@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_images
+from conftest import in_float64, write_images
 from torch.autograd import grad
 
 N, D = 6, 4
@@ -328,24 +328,25 @@ def test_supcon_gets_the_labels_of_its_images(load_variant, tiny, tmp_path, monk
 
 @pytest.mark.parametrize("name", ["swav", "swav_multi_crop", "dino", "dino_multi_crop", "moco_v3"])
 def test_network_treats_each_view_by_itself(load_variant, name):
-    module, multi = load_variant(name), name.endswith("crop")
-    kind, sizes = model_of(module), (16, 8) if name == "moco_v3" else (16, 8, 12)
-    model = kind(module.build_backbone("convnet", 1, 28), *sizes).eval()
-    for p in model.parameters():  # so that the two networks of a method differ
-        p.data += 0.1 * torch.rand_like(p)
-    views = torch.rand(6 if multi else 2, 5, 1, 28, 28).unbind()
-    found, z = model(*views), [model.projector(model.backbone(view)) for view in views]
-    if name.startswith("swav"):
-        z = [F.normalize(row, dim=1) for row in z]
-        scores = [row @ F.normalize(model.prototypes, dim=1).T for row in z]
-        expected = (z[0], torch.stack(scores, dim=1)) if multi else (z[0], *scores)
-    elif name == "moco_v3":
-        q, k = [*map(model.predictor, z)], [model.key_encoder(view) for view in views]
-        expected = tuple(F.normalize(row, dim=1) for row in (*q, *k))
-    else:
-        targets = [model.target(view) for view in views[:2]]
-        expected = (z, *targets) if multi else (*z, *targets)
-    torch.testing.assert_close(found, expected)
+    with in_float64():
+        module, multi = load_variant(name), name.endswith("crop")
+        kind, sizes = model_of(module), (16, 8) if name == "moco_v3" else (16, 8, 12)
+        model = kind(module.build_backbone("convnet", 1, 28), *sizes).eval()
+        for p in model.parameters():  # so that the two networks of a method differ
+            p.data += 0.1 * torch.rand_like(p)
+        views = torch.rand(6 if multi else 2, 5, 1, 28, 28).unbind()
+        found, z = model(*views), [model.projector(model.backbone(view)) for view in views]
+        if name.startswith("swav"):
+            z = [F.normalize(row, dim=1) for row in z]
+            scores = [row @ F.normalize(model.prototypes, dim=1).T for row in z]
+            expected = (z[0], torch.stack(scores, dim=1)) if multi else (z[0], *scores)
+        elif name == "moco_v3":
+            q, k = [*map(model.predictor, z)], [model.key_encoder(view) for view in views]
+            expected = tuple(F.normalize(row, dim=1) for row in (*q, *k))
+        else:
+            targets = [model.target(view) for view in views[:2]]
+            expected = (z, *targets) if multi else (*z, *targets)
+        torch.testing.assert_close(found, expected)
 
 
 def test_multi_crop_losses_equal_loops(load_variant):

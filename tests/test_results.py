@@ -180,6 +180,21 @@ def test_next_job(monkeypatch, tmp_path):
     assert measure.choose(evaluations, 29, options) is None
 
 
+def test_only_evaluations_alike_share_a_process(tmp_path):
+    """Their random network must be one and the same."""
+    folder, found = args(tmp_path), []
+    for backbone, size in (("convnet", 28), ("vit", 28), ("convnet", 32), ("convnet", 28)):
+        run = TINY_RUN._replace(seed=len(found))
+        options = dict(backbone=backbone, images=[320 + len(found), 1, size, size])
+        saved = dict(args=options, metrics=[], model={})
+        torch.save(saved, measure.checkpoint_of(run, folder))
+        found.append(measure.alike(measure.Job((run,), TINY[0], [], 0), folder))
+    assert found[3] == found[0] and len(set(found)) == 3
+    for other in (run._replace(name="simclr"), run._replace(dataset=measure.DIGITS)):
+        torch.save(saved, measure.checkpoint_of(other, folder))
+        assert measure.alike(measure.Job((other,), TINY[0], [], 0), folder) not in found
+
+
 def test_evaluation_without_rows_is_not_repeated(tiny_runs, monkeypatch, capsys):
     started = []
 
