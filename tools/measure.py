@@ -185,7 +185,8 @@ def all_runs():
 
     for seed in range(3):
         yield Run("digits", "simclr", DIGITS, 20, seed, (Evaluation((100, "all")),), bf16=False)
-    yield Run("resnet18", "byol --backbone resnet18 --batch-size 512", CIFAR, 100, 0)
+    for name in ("simclr", "moco"):  # on a GPU
+        yield Run("resnet18", f"{name} --backbone resnet18 --batch-size 512", CIFAR, 100, 0)
 
     # Minutes on one core. Nothing else should run beside them: --jobs 1.
     for name, epochs in [("simclr", 1), ("simclr", 2), ("simclr", 5), *product(four, [10])]:

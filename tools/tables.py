@@ -257,18 +257,20 @@ def digits(rows):
 
 def resnet18(rows):
     """Return the table of a ResNet-18 on a GPU."""
-    run = rows.of(run="byol --backbone resnet18 --batch-size 512", trained_on=CIFAR)
-    lines = []
-    for label, kind in [("random network", "random init"), ("BYOL", "linear")]:
-        found = rows.of(dataset=CIFAR, backbone="resnet18", kind=kind, script="linear_eval")
-        trained = run.of(kind="training") if kind == "linear" else Rows()
-        cells = [spread(found.of(labels=n).means("draw")) for n in (100, 1000, 50_000)]
-        knn = mean(found.of(labels=50_000).numbers("knn"))
-        minutes = mean([x / 60 for x in trained.numbers("training_seconds")])
-        epochs = mean(trained.numbers("epochs"), 0)
-        lines.append([label, epochs, minutes, *cells, knn])
-    head = ["ResNet-18", "epochs", "minutes", "100 labels", "1,000 labels", "50,000 labels", "kNN"]
-    return f"{markdown(head, lines)}\n\n{source(run)}"
+    rows = rows.of(backbone="resnet18")
+    lines, names = [], {"": "random network"} | METHODS
+    for run in ["", *unique(rows.of(kind="training"), "run")]:
+        of_run, method = rows.of(run=run), run.partition(" ")[0]
+        found = of_run.of(kind="linear" if run else "random init")
+        trained = of_run.of(kind="training")
+        line = [names[method], mean(trained.numbers("epochs"), 0)]
+        line += [mean([seconds / 60 for seconds in trained.numbers("training_seconds")])]
+        line += [mean(trained.numbers("training_knn"))]
+        line += [spread(found.of(labels=n).means("draw")) for n in (100, 1000, 50_000)]
+        lines.append([*line, mean(found.of(labels=50_000).numbers("knn"))])
+    head = ["ResNet-18", "epochs", "minutes", "kNN of training images"]
+    head += ["100 labels", "1,000 labels", "50,000 labels", "kNN"]
+    return f"{markdown(head, lines)}\n\n{source(rows)}"
 
 
 def time(rows):
