@@ -327,7 +327,10 @@ def test_pages_show_the_file():
     tables.main(["--check"])
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "simclr.py"])
+PAGES = "README.md", "docs/results.md", "simclr.py", "docs/variants/simclr_v2.diff"
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_changed_digit_is_found(page, tmp_path):
     for path in (ROOT / "README.md", *(ROOT / f"{name}.py" for name in METHODS)):
         shutil.copy(path, tmp_path)

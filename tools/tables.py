@@ -4,9 +4,10 @@
     python tools/tables.py --check    # only name the pages that differ from the file
 
 On a page, a table stands between <!-- table: NAME --> and <!-- end -->; what is between is
-replaced. In a script, `91.0% (random network: 88.1%)` and `5 minutes, one CPU core` are. A dash is
-what has not been measured. A row without figures is left out. A table without any stays as it is on
-the page, and one that says "with the version of commit" stays until all its rows are measured.
+replaced. In a script, `91.0% (random network: 88.1%)` and `5 minutes, one CPU core` are, and in the
+diffs of it, so that they still apply. A dash is what has not been measured. A row without figures
+is left out. A table without any stays as it is on the page, and one that says "with the version of
+commit" stays until all its rows are measured.
 """
 
 import argparse
@@ -458,9 +459,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     rows, differ = read(args.root / "docs" / "results.csv"), []
     pages = [args.root / "README.md", *sorted((args.root / "docs").glob("*.md"))]
-    for path in [*pages, *(args.root / f"{name}.py" for name in METHODS)]:
+    variants = sorted((args.root / "docs" / "variants").glob("*.diff"))
+    for path in [*pages, *(args.root / f"{name}.py" for name in METHODS), *variants]:
         text = path.read_text(encoding="utf-8")
-        new = fill(text, rows) if path.suffix == ".md" else fill_script(text, path.stem, rows)
+        source = re.search(r"^copy from (.+)\.py$", text, re.M)
+        name = source[1] if source else path.stem
+        new = fill(text, rows) if path.suffix == ".md" else fill_script(text, name, rows)
         if new != text:
             differ.append(path.name)
         if not args.check:
