@@ -464,7 +464,7 @@ def draw_time(rows, path):
 
 
 def draw_accuracy(rows, path):
-    """Draw bars of the methods on both data sets, a random network and labels only as lines.
+    """Draw what the methods add to a random network on both data sets, labels only as a line.
 
     Bars of a length are drawn where all four methods have one.
     """
@@ -484,15 +484,17 @@ def draw_accuracy(rows, path):
         bars = {epochs: bars[epochs] for epochs in sorted(bars) if len(bars[epochs]) == 4}
         if not bars or not axes.lines:
             return print(f"{path}: results.csv lacks rows of {dataset}")
+        random = axes.lines[0].get_ydata()[0]
         for i, (epochs, runs) in enumerate(bars.items()):
             x = [j + 0.4 * i - 0.2 * (len(bars) - 1) for j in range(len(METHODS))]
             means = [statistics.mean(runs[method]) for method in METHODS]
-            bar = axes.bar(x, means, 0.38, color=f"C{i}", label=f"{epochs} epochs")
+            learnt = [mean - random for mean in means]
+            bar = axes.bar(x, learnt, 0.38, random, color=f"C{i}", label=f"{epochs} epochs")
             axes.bar_label(bar, [f"{mean:.1f}" for mean in means], fontsize=8)
         axes.set_xticks(range(len(METHODS)), METHODS.values())
         lowest = min(line.get_ydata()[0] for line in axes.lines)
-        highest = max(patch.get_height() for patch in axes.patches)
-        axes.set(title=f"{dataset}, 1,000 labels", ylim=(lowest - 5, highest + 3))
+        highest = max(bar.get_y() + bar.get_height() for bar in axes.patches)
+        axes.set(title=f"{dataset}, 1,000 labels", ylim=(lowest - 2, highest + 3))
     panes[0].set_ylabel("test accuracy (%)")
     figure.legend(*panes[1].get_legend_handles_labels(), loc="outside right center")
     save(figure, path)
