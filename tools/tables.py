@@ -326,7 +326,8 @@ def variants(method, names=()):
             run = Rows(row for row in run if row["seed"] in "01")
             trained = run.of(kind="training")
             cells = [each(trained.numbers("training_knn")), each(trained.numbers("z_std"), ".2f")]
-            cells += [each(run.of(kind="ranks").means("seed", f"rank_{x}"), ".3g") for x in "zh"]
+            cells += [each(run.of(kind="ranks").means("seed", "rank_z"))]
+            cells += [each(run.of(kind="ranks").means("seed", "rank_h"), ".0f")]
             cells = cells if name != script else [""] * 4
             few = run.of(kind="linear", script=script, labels=1000, dataset=CIFAR)
             lines.append([label, changed, *cells, each(few.means("seed"))])
