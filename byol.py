@@ -74,7 +74,7 @@ class BYOL(nn.Module):
 
 
 def regression_loss(p, t):
-    """Return the mean |p - t|^2 = 2 - 2 cos(p, t) of rows (N, D) of length 1: 0 to 4 (Eq. 2)."""
+    """Return the mean |p - t|^2 = 2 - 2 cos(p, t) of p, t (N, D) scaled to length 1 (Eq. 2)."""
     return (2 - 2 * F.cosine_similarity(p, t, dim=1)).mean()
 
 
@@ -155,7 +155,7 @@ def augment(x, solarize=0.0):
     if x.shape[1] == 3:
         y = torch.lerp(rgb_to_grayscale(y), y, uniform(0.8, 1.2)).clamp_(0, 1)  # saturation
         grey, turn = y.mean(dim=1, keepdim=True), 2 * math.pi * uniform(-0.1, 0.1)
-        across = (y.roll(1, dims=1) - y.roll(2, dims=1)) / math.sqrt(3)  # y - grey, by 90 degrees
+        across = (y.roll(1, dims=1) - y.roll(2, dims=1)) / math.sqrt(3)  # y - grey, turned by 90°
         y = (grey + turn.cos() * (y - grey) + turn.sin() * across).clamp_(0, 1)  # hue: turns RGB
     x = torch.where(uniform(0, 1) < 0.8, y, x)  # one in five keeps its colours
     x = torch.where(uniform(0, 1) < 0.2, rgb_to_grayscale(x), x)  # one in five is grey

@@ -38,7 +38,8 @@ class Dataset(NamedTuple):
     """Images (n, C, H, W) uint8; labels (n,) int64, -1 where there is none.
 
     `paths` are those of a folder's images, training before test, relative to the folder. `mean`
-    and `std` (C,) float32 are those of the training images / 255, to four decimals.
+    and `std` (C,) float32 are those of training images / 255, of all or of 20,000 and more, to four
+    decimals.
     """
 
     train_images: torch.Tensor
@@ -56,7 +57,7 @@ def add_options(parser):
     option = parser.add_argument
     option("--dataset", default="fashion-mnist", help=f"{', '.join(DATASETS)} or a folder")
     option("--data-dir", default="data", help="downloads, decoded images")
-    option("--image-size", type=int, default=0, help="pixels; 0: as they are, 32 for a folder")
+    option("--image-size", type=int, default=0, help="pixels; 0: as is, 32 for folders, digits")
     option("--backbone", choices=BACKBONES, default="convnet")
 
 
@@ -87,7 +88,7 @@ def load_dataset(name, data_dir, image_size=0, device="cpu"):
         )
         data = data._replace(train_images=train_images, test_images=test_images)
 
-    # Images as floats take four times the memory, so go through them in parts.
+    # Images as floats take four times the memory: take every n-th of many, in parts.
     parts = data.train_images[:: max(1, len(data.train_images) // 20_000)].split(500)
     mean = torch.cat([(part / 255).mean(dim=(2, 3)) for part in parts]).mean(dim=0)
     square = torch.cat([(part / 255).square().mean(dim=(2, 3)) for part in parts]).mean(dim=0)

@@ -34,7 +34,7 @@ from common import add_options, build_backbone, load_dataset
 
 
 class MoCo(nn.Module):
-    """A query encoder, a key encoder, its running average, and a queue of keys (K, D)."""
+    """A query encoder, a running average of it for keys, and a queue (K, D), random at first."""
 
     def __init__(self, backbone, hidden_dim, projection_dim, queue_size):
         super().__init__()
@@ -164,7 +164,7 @@ def augment(x):
     if x.shape[1] == 3:
         y = torch.lerp(rgb_to_grayscale(y), y, uniform(0.6, 1.4)).clamp_(0, 1)  # saturation
         grey, turn = y.mean(dim=1, keepdim=True), 2 * math.pi * uniform(-0.1, 0.1)
-        across = (y.roll(1, dims=1) - y.roll(2, dims=1)) / math.sqrt(3)  # y - grey, by 90 degrees
+        across = (y.roll(1, dims=1) - y.roll(2, dims=1)) / math.sqrt(3)  # y - grey, turned by 90°
         y = (grey + turn.cos() * (y - grey) + turn.sin() * across).clamp_(0, 1)  # hue: turns RGB
     x = torch.where(uniform(0, 1) < 0.8, y, x)  # one in five keeps its colours
     return torch.where(uniform(0, 1) < 0.2, rgb_to_grayscale(x), x)  # one in five is grey

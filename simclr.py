@@ -17,7 +17,8 @@ views, such as colour.
 Unlike the paper: a small convnet, not ResNet-50; batches of 128, not 4,096, so SGD, not LARS, with
 weight decay 5e-4 on all weights, not 1e-6; a smaller head, without the authors' last BatchNorm;
 crops from 0.2 of the area, not 0.08; jitter at half strength and no blur, as on their CIFAR-10,
-contrast about the mean grey, not by channel, all in a fixed order, and hue by rotating RGB.
+brightness multiplied, not added, contrast about the mean grey, not by channel, all in a fixed
+order, hue by rotating RGB.
 """
 
 import argparse
@@ -53,7 +54,7 @@ class SimCLR(nn.Module):
 
     def forward(self, x1, x2):
         """Return the embeddings z1, z2 (N, D) of two views (N, C, H, W)."""
-        h = self.backbone(torch.cat([x1, x2]))  # (2N, features): BatchNorm sees all views at once
+        h = self.backbone(torch.cat([x1, x2]))  # (2N, features): in one pass, as the authors
         return self.projector(h).float().chunk(2)  # bf16 is too coarse for a loss
 
 
@@ -156,7 +157,7 @@ def augment(x):
     if x.shape[1] == 3:
         y = torch.lerp(rgb_to_grayscale(y), y, uniform(0.6, 1.4)).clamp_(0, 1)  # saturation
         grey, turn = y.mean(dim=1, keepdim=True), 2 * math.pi * uniform(-0.1, 0.1)
-        across = (y.roll(1, dims=1) - y.roll(2, dims=1)) / math.sqrt(3)  # y - grey, by 90 degrees
+        across = (y.roll(1, dims=1) - y.roll(2, dims=1)) / math.sqrt(3)  # y - grey, turned by 90°
         y = (grey + turn.cos() * (y - grey) + turn.sin() * across).clamp_(0, 1)  # hue: turns RGB
     x = torch.where(uniform(0, 1) < 0.8, y, x)  # one in five keeps its colours
     return torch.where(uniform(0, 1) < 0.2, rgb_to_grayscale(x), x)  # one in five is grey

@@ -4,8 +4,8 @@ One network sees two random views of an image, cropped and recoloured. From its 
 predictor predicts its embedding of the other, and no gradient flows into what is predicted. There
 are no negatives, no queue and no averaged network. If all embeddings were equal, a collapse, the
 prediction would be perfect; predictor and stop-gradient keep training away from that. Why they do
-is not settled: section 5 of the paper sees two steps in turn, as in k-means. One fixes what is
-predicted, the other fits the prediction to it.
+is not settled: section 5 of the paper sees two steps in turn, as in k-means. One sets a target for
+each image, the other trains the network towards it.
 
     python simsiam.py --epochs 10                # Fashion-MNIST, 6 minutes, one CPU core
     python linear_eval.py --weights simsiam.pt   # 90.3% (random network: 88.0%)
@@ -148,7 +148,7 @@ def augment(x):
     if x.shape[1] == 3:
         y = torch.lerp(rgb_to_grayscale(y), y, uniform(0.6, 1.4)).clamp_(0, 1)  # saturation
         grey, turn = y.mean(dim=1, keepdim=True), 2 * math.pi * uniform(-0.1, 0.1)
-        across = (y.roll(1, dims=1) - y.roll(2, dims=1)) / math.sqrt(3)  # y - grey, by 90 degrees
+        across = (y.roll(1, dims=1) - y.roll(2, dims=1)) / math.sqrt(3)  # y - grey, turned by 90°
         y = (grey + turn.cos() * (y - grey) + turn.sin() * across).clamp_(0, 1)  # hue: turns RGB
     x = torch.where(uniform(0, 1) < 0.8, y, x)  # one in five keeps its colours
     return torch.where(uniform(0, 1) < 0.2, rgb_to_grayscale(x), x)  # one in five is grey

@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 import simclr
 import torch
+import torchvision
 from conftest import ROOT, write_images
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.DOTALL)
+[SORT] = [text for text in SNIPPETS if "predictions" in text]
+[STUDENT] = [text for text in SNIPPETS if "shift_and_mirror" in text]  # takes the place of lines
+[OTHERS] = [text for text in SNIPPETS if "resnet18" in text]
+SNIPPETS = [text for text in SNIPPETS if text not in (STUDENT, OTHERS)]
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """The folder in which all snippets ran, and the variables that each left, by its last line."""
+    """The folder in which all snippets ran, and the variables that each left, by a word in it."""
     folder = tmp_path_factory.mktemp("guide")
     write_images(folder / "photos" / "2019" / "summer", 12)
     (folder / "photos/2019/summer/3.png").rename(folder / "photos/2019/summer/beach.jpg")
@@ -38,8 +43,8 @@ def ran(tmp_path_factory):
 
 def first_use(snippet):
     """Return what tells one snippet from the others."""
-    words = "np.savez", "argsort(-", "predictions", "train_with_labels", "simclr", "export.save"
-    words += "export.load", "build_backbone"
+    words = "np.savez", "argsort(-", "predictions", "simclr", "export.save", "export.load"
+    words += ("build_backbone",)
     return next((word for word in words if word in snippet), snippet)
 
 
@@ -59,14 +64,53 @@ def test_features_are_saved_and_compared(ran):
 
 def test_predictions_of_all_that_have_no_label(ran):
     folder, variables = ran
+    assert variables["predictions"]["features"].shape == (12 + 16 + 9, 2048)
+    check_predictions(folder)
+
+
+def check_predictions(folder):
     with open(folder / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert sorted(row["path"] for row in rows) == [f"unlabelled/{i}.png" for i in range(9)]
     assert [row["class"] for row in rows].count("dog") >= 7  # they are as blue as the dogs
     probabilities = [float(row["probability"]) for row in rows]
     assert probabilities == sorted(probabilities, reverse=True) and 0.5 <= probabilities[-1]
-    tuned = variables["train_with_labels"]
-    assert tuned["label"].tolist().count(1) >= 7 and len(tuned["probability"]) == 9
+
+
+def sort_with(snippet, places, ran, monkeypatch, tmp_path):
+    """Run the program that sorts, with a snippet in the place of the lines that begin so."""
+    for name in ("album", "album.pt"):
+        (tmp_path / name).symlink_to(ran[0] / name)
+    monkeypatch.chdir(tmp_path)
+    lines, variables = SORT.splitlines(), {}
+    at = next(i for i, line in enumerate(lines) if line.startswith(places))
+    assert sum(line.startswith(places) for line in lines) == len(places)
+    lines[at] = snippet
+    program = "\n".join(line for line in lines if not line.startswith(places))
+    exec(program, variables)
+    check_predictions(tmp_path)
+    return variables
+
+
+def test_student_sorts(ran, variants, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(variants)
+    import linear_eval_distill
+
+    monkeypatch.setattr(linear_eval_distill, "STEPS", 40)
+    student = sort_with(STUDENT, ("probability, ",), ran, monkeypatch, tmp_path)["student"]
+    untrained = ran[1]["predictions"]["encoder"][-1].state_dict()
+    assert not all(map(torch.equal, student[-1][0].state_dict().values(), untrained.values()))
+
+
+def test_network_of_others_sorts(ran, monkeypatch, tmp_path):
+    url = torchvision.models.ResNet18_Weights.DEFAULT.url
+    weights = tmp_path / "hub" / "checkpoints" / url.split("/")[-1]  # as if it were downloaded
+    weights.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), weights)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    variables = sort_with(OTHERS, ("encoder, ", "data = "), ran, monkeypatch, tmp_path)
+    assert variables["features"].shape == (12 + 16 + 9, 512)
 
 
 def test_exported_program(ran):

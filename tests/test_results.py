@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import shutil
+import subprocess
 import tarfile
 
 import linear_eval
@@ -296,6 +297,17 @@ def test_cells_of_tables():
     longer = tables.Rows(row | dict(epochs=row["epochs"] and "100") for row in rows_of_simclr()[:6])
     text = tables.TABLES["pays-cifar10"](longer)
     assert "| linear on SimCLR, 100 epochs | 43.0 ± 3.5 | - | 70.0 |" in text
+
+
+def test_changed_lines_of_a_diff_are_counted():
+    """Also in rows that no table of results.csv has; git counts them too."""
+    counts = subprocess.run(
+        ["git", "apply", "--numstat", DIFFS["swav"]], capture_output=True, text=True, check=True
+    )
+    added, removed, _ = counts.stdout.split()
+    row = "| [SwAV](variants/swav.diff) | simclr | none | clusters | {} |\n"
+    expected = row.format(f"-{removed} +{added}")
+    assert tables.fill(row.format("-1 +2"), tables.Rows()) == expected
 
 
 def test_what_is_not_measured_leaves_a_page_alone():
