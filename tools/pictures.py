@@ -492,7 +492,8 @@ def draw_accuracy(rows, path):
             means = [statistics.mean(runs[method]) for method in METHODS]
             learnt = [mean - random for mean in means]
             bar = axes.bar(x, learnt, 0.38, random, color=f"C{i}", label=f"{epochs} epochs")
-            axes.bar_label(bar, [f"{mean:.1f}" for mean in means], fontsize=8)
+            ground = dict(facecolor="white", edgecolor="none", pad=0.5)  # above the lines
+            axes.bar_label(bar, [f"{mean:.1f}" for mean in means], fontsize=8, bbox=ground)
         axes.set_xticks(range(len(METHODS)), METHODS.values())
         lowest = min(line.get_ydata()[0] for line in axes.lines)
         highest = max(bar.get_y() + bar.get_height() for bar in axes.patches)
