@@ -38,8 +38,7 @@ class Dataset(NamedTuple):
     """Images (n, C, H, W) uint8; labels (n,) int64, -1 where there is none.
 
     `paths` are those of a folder's images, training before test, relative to the folder. `mean`
-    and `std` (C,) float32 are those of training images / 255, of all or of 20,000 and more, to four
-    decimals.
+    and `std` (C,) float32, to four decimals, are of at least 20,000 training images / 255, or all.
     """
 
     train_images: torch.Tensor

@@ -67,8 +67,7 @@ def extract_features(encoder, images):
 def linear_probe(features, labels, n_classes):
     """Return an nn.Linear fitted to features (N, F) of length 1 and labels (N,), and its C.
 
-    C is the best of CANDIDATES on held-out images: five parts in turn, or, of more than
-    2,000, all but the 4/5, at most 5,000, that the fit for this choice gets.
+    C is the best of CANDIDATES on held-out images: five parts in turn, or all but 5,000 of many.
     """
     x = 10 * (features - features.mean(dim=0))  # now 60 steps do, instead of hundreds
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
