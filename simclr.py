@@ -249,7 +249,6 @@ def parse_args(argv=None):
     """Read the command line, or `argv`."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     option, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     option("--hidden-dim", type=int, default=512, help="of the projector; paper: 2048")
     option("--projection-dim", type=int, default=128, help="D")
     option("--temperature", type=float, default=0.2, help="paper: 0.1, on CIFAR-10 0.5")
@@ -259,10 +258,12 @@ def parse_args(argv=None):
     option("--seed", type=int, default=0, help="of weights, order and views")
     add_options(parser)  # of the dataset and the backbone
     option("--device", choices=sorted({device, "cpu"}), default=device)
-    option("--bf16", action=argparse.BooleanOptionalAction, default=bf16, help="in the networks")
+    option("--bf16", action=argparse.BooleanOptionalAction, help="unset: if a GPU has it")
     option("--out", default=f"{Path(__file__).stem}.pt", help="the checkpoint")
     option("--resume", action="store_true", help="go on with the run in --out")
     args = parser.parse_args(argv, argparse.Namespace(method=Path(__file__).stem))
+    if args.bf16 is None:
+        args.bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(False)  # in hardware
     if min(args.hidden_dim, args.projection_dim, args.temperature, args.lr, args.epochs) <= 0:
         parser.error("sizes, --temperature, --lr and --epochs must be above 0")
     return args

@@ -240,7 +240,6 @@ def parse_args(argv=None):
     """Read the command line, or `argv`."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     option, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     option("--projection-dim", type=int, default=512, help="D; paper: 2048")
     option("--bottleneck-dim", type=int, default=128, help="hidden, in the predictor; paper: 512")
     option("--lr", type=float, default=0.4, help="peak rate per 256 images; paper: 0.05")
@@ -249,10 +248,12 @@ def parse_args(argv=None):
     option("--seed", type=int, default=0, help="of weights, order and views")
     add_options(parser)  # of the dataset and the backbone
     option("--device", choices=sorted({device, "cpu"}), default=device)
-    option("--bf16", action=argparse.BooleanOptionalAction, default=bf16, help="in the networks")
+    option("--bf16", action=argparse.BooleanOptionalAction, help="unset: if a GPU has it")
     option("--out", default=f"{Path(__file__).stem}.pt", help="the checkpoint")
     option("--resume", action="store_true", help="go on with the run in --out")
     args = parser.parse_args(argv, argparse.Namespace(method=Path(__file__).stem))
+    if args.bf16 is None:
+        args.bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(False)  # in hardware
     if min(args.projection_dim, args.bottleneck_dim, args.lr, args.epochs) <= 0:
         parser.error("--projection-dim, --bottleneck-dim, --lr and --epochs must be above 0")
     return args

@@ -18,11 +18,13 @@ def test_shared_functions_are_the_same(function):
 
 @pytest.mark.parametrize("name", ["byol", "simclr", "moco"])
 def test_diff_to_simsiam_is_short(name):
-    """`diff simsiam.py byol.py` shows how two methods differ, and nothing else."""
+    """`diff simsiam.py byol.py` shows how two methods differ: a line added for another reason has
+    to take the place of one.
+    """
     one, other = ((ROOT / f"{script}.py").read_text().splitlines() for script in ("simsiam", name))
     blocks = difflib.SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks()
     changed = len(one) + len(other) - 2 * sum(block.size for block in blocks)
-    assert changed <= {"byol": 115, "simclr": 115, "moco": 125}[name]
+    assert changed <= {"byol": 102, "simclr": 110, "moco": 118}[name]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -7,9 +7,11 @@ from unittest.mock import Mock
 
 import common
 import pytest
+import sklearn.datasets
 import torch
 import torchvision
 from conftest import write_fashion_mnist, write_idx, write_images
+from PIL import Image
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
@@ -102,11 +104,29 @@ def test_torchvision_files(tmp_path, monkeypatch, name):
 
 
 def test_digits():
-    data = common.load_dataset("digits", "there-is-no-such-folder")
-    assert data.train_images.shape == (1397, 1, 32, 32) and data.test_images.shape[0] == 400
-    assert data.train_labels[:4].tolist() == [0, 1, 2, 3] and data.classes == tuple("0123456789")
-    small = common.load_dataset("digits", "there-is-no-such-folder", 8).train_images
-    assert small[0, 0, 0].tolist() == [0, 0, 79, 207, 143, 15, 0, 0]  # sixteenths: 5, 13, 9, 1
+    """The last 400 are for the test."""
+    data, theirs = (
+        common.load_dataset("digits", "no-such-folder", 8),
+        sklearn.datasets.load_digits(),
+    )
+    assert len(data.train_images) == 1397 and data.classes == tuple("0123456789")
+    assert [*data.train_labels, *data.test_labels] == theirs.target.tolist()
+    images = torch.cat([data.train_images, data.test_images])
+    assert (images[:, 0] / 255 * 16).round().equal(torch.from_numpy(theirs.images).float())
+    large = common.load_dataset("digits", "no-such-folder")
+    assert large.train_images.shape[2:] == large.test_images.shape[2:] == (32, 32)
+
+
+@pytest.mark.parametrize("size", [12, 40])
+def test_image_size_equals_pillow(tiny, size):
+    """Bilinear, smoothed where it gets smaller, so that no pixel is left out."""
+    images = common.load_dataset("fashion-mnist", tiny).test_images
+    data = common.load_dataset("fashion-mnist", tiny, size)
+    for image, found in zip(images, data.test_images, strict=True):
+        expected = Image.fromarray(image[0].numpy()).resize((size, size), Image.Resampling.BILINEAR)
+        pixels = torch.frombuffer(bytearray(expected.tobytes()), dtype=torch.uint8)
+        assert (found.flatten().int() - pixels.int()).abs().max() <= 1
+    assert data.train_images.shape == (320, 1, size, size)
 
 
 def test_mean_and_std(tmp_path):
@@ -117,6 +137,27 @@ def test_mean_and_std(tmp_path):
     torch.testing.assert_close(data.mean.double(), mean, atol=6e-5, rtol=0)
     torch.testing.assert_close(data.std.double(), std.clamp_min(1 / 255), atol=6e-5, rtol=0)
     assert data.std.dtype == torch.float32 and data.std[1] > 0  # of equal pixels
+
+
+def test_mean_and_std_of_many_images(monkeypatch):
+    """They are of every n-th: the first would not do, as these get ever brighter."""
+    images = (torch.arange(50_000) // 200).byte().view(-1, 1, 1, 1)
+    labels = torch.zeros(50_000, dtype=torch.int64)
+    data = common.Dataset(images, labels, images, labels, ("a", "b"))
+    monkeypatch.setattr(common, "load_digits", lambda: data)
+    data = common.load_dataset("digits", "no-such-folder", 1)
+    assert data.mean.item() == pytest.approx((images / 255).mean().item(), abs=2e-4)
+    assert data.std.item() == pytest.approx((images / 255).std().item(), abs=2e-4)
+
+
+def test_convnet():
+    """Three convolutions, each at half the size of the one before, then BatchNorm and ReLU."""
+    *layers, flatten = common.build_backbone("convnet", 3, 32)
+    kinds = [torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.ReLU] * 3
+    assert [type(layer) for layer in layers] == kinds and type(flatten) is torch.nn.Flatten
+    convolutions = [(c.in_channels, c.out_channels, c.kernel_size, c.stride) for c in layers[::3]]
+    sizes = [(3, 32), (32, 64), (64, 128)]
+    assert convolutions == [(*size, (3, 3), (2, 2)) for size in sizes]
 
 
 @pytest.mark.parametrize("size", [8, 28, 64, 96])
@@ -136,5 +177,6 @@ def test_backbone_shapes(name, channels, size):
         with pytest.raises(common.DataError, match=f"--image-size {size + 2}: .* multiple of 4"):
             common.build_backbone(name, channels, size + 2)
     if name.startswith("resnet"):
-        assert backbone.conv1.stride == ((1, 1) if size <= 64 else (2, 2))
+        stem = backbone.conv1.kernel_size, backbone.conv1.stride
+        assert stem == (((3, 3), (1, 1)) if size <= 64 else ((7, 7), (2, 2)))
         assert isinstance(backbone.maxpool, torch.nn.Identity) == (size <= 64)

@@ -1,8 +1,10 @@
 """The methods in docs/variants/ that have their own loss: against float64 loops from the papers."""
 
 import math
+from types import SimpleNamespace
 from unittest.mock import Mock
 
+import common
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,10 +22,17 @@ def train_here(module, folder, tiny, *options):
     return torch.load(folder / "here.pt", weights_only=True)
 
 
-def watch(patch, place, name):
-    """Return a list that will hold all calls of a function."""
-    patch.setattr(place, name, Mock(wraps=getattr(place, name)))
-    return getattr(place, name).call_args_list
+def calls_of(patch, place, name):
+    """Return a list that will hold all calls of a function: their args, kwargs and result."""
+    calls, function = [], getattr(place, name)
+
+    def watched(*args, **kwargs):
+        result = function(*args, **kwargs)
+        calls.append(SimpleNamespace(args=args, kwargs=kwargs, result=result))
+        return result
+
+    patch.setattr(place, name, watched)
+    return calls
 
 
 def model_of(module):
@@ -288,12 +297,14 @@ CALLS = {  # variant: its loss, an option, and which outputs of the network each
 
 @pytest.mark.parametrize("name", CALLS)
 def test_loss_gets_the_outputs(load_variant, variants, tiny, tmp_path, monkeypatch, name):
-    """Of two different views, from all processes, and an option from the command line."""
+    """Of two different views, from all processes, and an option from the command line; and what it
+    returns is what is minimised.
+    """
     module, outputs = load_variant(name), []
     function, option, expected = CALLS[name]
     kind = model_of(module)
-    forward, losses = kind.forward, watch(monkeypatch, module, function)
-    gathered = watch(monkeypatch, module, "gather") if hasattr(module, "gather") else []
+    forward, losses = kind.forward, calls_of(monkeypatch, module, function)
+    gathered = calls_of(monkeypatch, module, "gather") if hasattr(module, "gather") else []
 
     def see(self, *views):
         assert not any(torch.equal(views[0], view) for view in views[1:])
@@ -305,21 +316,37 @@ def test_loss_gets_the_outputs(load_variant, variants, tiny, tmp_path, monkeypat
     if name == "cmc":  # the tiny images are grey
         write_images(tmp_path / "colour", 320)
         options += ["--dataset", tmp_path / "colour"]
-    train_here(module, tmp_path, tiny, *options)
+    saved = train_here(module, tmp_path, tiny, *options)
 
     given = [rows for output in outputs for rows in expected(*output)]
     assert len(outputs) == 5 and len(losses) == len(given)
     for call, rows in zip(losses, given, strict=True):
         torch.testing.assert_close(call.args[: len(rows)], rows)
         assert not option or call.args[-1] == 0.7
+    loss = sum(call.result.item() for call in losses) / 5  # of a step
+    loss = loss / 2 if name == "dino" else loss
+    assert saved["metrics"][0]["loss"] == pytest.approx(loss, rel=1e-5)
     if hasattr(module, "gather"):
         rows = [row for rows in given for row in rows]
         torch.testing.assert_close([call.args[0] for call in gathered], rows)
 
 
+def test_invaspread_compares_with_the_image_itself(load_variant, tiny, tmp_path, monkeypatch):
+    module = load_variant("invaspread")
+    seen = calls_of(monkeypatch, module.InvaSpread, "forward")
+    train_here(module, tmp_path, tiny)
+    data = common.load_dataset("fashion-mnist", tiny)
+    for call in seen:
+        x1, x2 = (255 * (view * data.std + data.mean) for view in call.args[1:])
+        corner = x1[:, 0, 0, :2].round().long()  # which image it is
+        image = data.train_images[16 * corner[:, 0] + corner[:, 1]].float()
+        torch.testing.assert_close(x1, image, atol=0.1, rtol=0)
+        assert (x2 - image).abs().flatten(1).max(dim=1).values.min() > 10
+
+
 def test_supcon_gets_the_labels_of_its_images(load_variant, tiny, tmp_path, monkeypatch):
     module = load_variant("supcon")
-    losses, views = (watch(monkeypatch, module, x) for x in ("supcon_loss", "augment"))
+    losses, views = (calls_of(monkeypatch, module, x) for x in ("supcon_loss", "augment"))
     train_here(module, tmp_path, tiny)
     for call, view in zip(losses, views[::2], strict=True):
         corner = (255 * view.args[0][:, 0, 0, :2]).round().long()  # which image it is
@@ -393,7 +420,7 @@ def test_instdisc_bank(load_variant, tiny, tmp_path, monkeypatch):
         expected = 30 * mean(math.exp(a @ b / 0.5) for a in v for b in model.bank[:5])
         assert model.z.item() == pytest.approx(expected, rel=1e-5)
 
-    known, moved = watch(monkeypatch, module, "nce_loss"), Mock()
+    known, moved = calls_of(monkeypatch, module, "nce_loss"), Mock()
     monkeypatch.setattr(module.InstDisc, "update_bank", moved)
     bank = train_here(module, tmp_path, tiny)["model"]["bank"]  # which does not change then
     for call, update in zip(known, moved.call_args_list, strict=True):
@@ -439,7 +466,7 @@ def test_simclr_v2_is_evaluated_at_its_first_layer(
 
 def test_lejepa_draws_other_directions_each_time(load_variant, tiny, tmp_path, monkeypatch):
     module = load_variant("lejepa")
-    calls = watch(monkeypatch, module, "lejepa_loss")
+    calls = calls_of(monkeypatch, module, "lejepa_loss")
     train_here(module, tmp_path, tiny)
     assert len({call.args[2].sum().item() for call in calls}) == 5
 
@@ -468,7 +495,7 @@ def test_multi_crop_views(load_variant, tiny, tmp_path, monkeypatch, name, backb
     """Two large views and four small ones, of a twentieth to a quarter of the area; six scores."""
     module = load_variant(f"{name}_multi_crop")
     shapes, kind = [], module.SwAV if name == "swav" else module.DINO
-    forward, boxes = kind.forward, watch(monkeypatch, module, "augment")
+    forward, boxes = kind.forward, calls_of(monkeypatch, module, "augment")
 
     def see(self, *views):
         outputs = forward(self, *views)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import struct
+import time
 from unittest.mock import Mock
 
 import common
@@ -160,6 +161,23 @@ def test_of_16_bits_the_upper_8_count(photos, capsys, mode, dtype, factor):
     assert torch.equal(first_pixels(photos)[0], torch.from_numpy(factor * GREY // 256).byte())
     warned = f"1 images like {photos / '0.tif'} have few greys" in capsys.readouterr().out
     assert warned == (factor == 3)
+
+
+def test_each_image_keeps_its_place(photos, monkeypatch):
+    """Also if the first files take longest to decode."""
+    write_images(photos, 100)
+    original, begun = common.decode_image, []
+
+    def decode_image(path, size):
+        begun.append(path)
+        time.sleep(max(0, 0.02 - 0.001 * len(begun)))
+        return original(path, size)
+
+    monkeypatch.setattr(common, "decode_image", decode_image)
+    data = load(photos, 8)
+    for image, name in zip(data.train_images, data.paths, strict=True):
+        colour = Image.open(photos / name).getpixel((0, 0))
+        assert image.view(3, -1).unique(dim=1).flatten().tolist() == list(colour)
 
 
 def test_all_that_cannot_be_decoded_is_said_at_once(photos, monkeypatch):

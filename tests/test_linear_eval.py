@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from unittest.mock import Mock
 
 import common
@@ -279,10 +280,10 @@ def test_settings_of_training_with_labels(tiny, monkeypatch):
     for batch, ((_, labels), options) in zip(numbers, loss.call_args_list, strict=True):
         assert labels.tolist() == [i % 10 for i in batch] and options == dict(label_smoothing=0.1)
     assert len(numbers) == len(normalized) == 165
-    first, second, same, other = (numbers[i] for i in (0, 1, 30, 60))
-    assert first == same != other  # as the seed says
-    assert first != second and sorted(first) == sorted(second) == list(range(60))  # each epoch
-    assert len({*numbers[90], *numbers[91]}) == 256 and {*map(len, numbers[90:])} == {128}  # of 320
+    one, again, other, large = (numbers[a:b] for a, b in pairwise((0, 30, 60, 90, 165)))
+    assert one == again != other  # as the seed says
+    assert one[0] != one[1] and all(sorted(batch) == list(range(60)) for batch in one)
+    assert len({*large[0], *large[1]}) == 256 and {*map(len, large)} == {128}  # of 320
     before, after = backbone.state_dict().values(), network[-1][0].state_dict().values()
     assert not any(map(torch.equal, before, after))  # all of the copy is trained
     logits = linear_eval.apply(network, data.test_images)

@@ -84,17 +84,6 @@ def test_closed_forms():
     assert [value.item() for value in found] == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_losses_ignore_the_order_of_images(name):
-    torch.manual_seed(0)
-    a, b, queue = torch.randn(3, 7, 8, dtype=torch.float64)
-    order, loss = torch.tensor([3, 1, 6, 0, 2, 5, 4]), LOSSES[name]
-    expected = pytest.approx(loss(a, b, queue, 0.3).item(), abs=1e-12)
-    assert loss(a[order], b[order], queue, 0.3).item() == expected
-    assert loss(a, b, queue[order], 0.3).item() == expected
-    assert abs(loss(a[order], b, queue, 0.3).item() - expected.expected) > 1e-3
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_stay_finite(name, dtype):

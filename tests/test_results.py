@@ -1,6 +1,8 @@
 """tools/measure.py and tools/tables.py: from a list of runs to the tables on the pages."""
 
 import argparse
+import importlib
+import json
 import shlex
 import shutil
 import subprocess
@@ -258,6 +260,18 @@ def test_network_of_a_variant_is_built(name, load_variant, tmp_path):
     options = vars(module.parse_args(["--out", str(tmp_path / "x.pt")]))
     model = measure.build(module, options | {"images": [9, 3, 32, 32]}).eval()
     assert model.projector(model.backbone(torch.zeros(2, 3, 32, 32))).shape[0] == 2
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_published_rows_were_trained_with_the_defaults(name):
+    defaults, found = vars(importlib.import_module(name).parse_args([])), 0
+    for row in measure.read(ROOT / "docs" / "results.csv"):
+        if (row["kind"], row["run"]) == ("training", name):
+            options = json.loads(row["options"])
+            other = {key for key in options if (options[key] or 0) != (defaults[key] or 0)}
+            assert other <= {"epochs", "seed", "bf16"}
+            found += 1
+    assert found >= 8  # two data sets, three seeds, two lengths
 
 
 def rows_of_simclr(bf16="False"):

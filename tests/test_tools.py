@@ -1,8 +1,6 @@
 """What is run by hand: each tool once, and the pictures of images that are not as one expects."""
 
 import csv
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -10,7 +8,7 @@ import pictures
 import pytest
 import torch
 from common import Dataset
-from conftest import ROOT, call, train, write_fashion_mnist, write_images
+from conftest import call, train, write_fashion_mnist, write_images
 from PIL import Image
 
 
@@ -160,10 +158,3 @@ def test_benchmark(tmp_path):
     process = call(tmp_path, "tools/benchmark.py", *options, "--device", "cpu")
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("simsiam") == 2 and "time ratio" in process.stdout
-
-
-def test_kill(tmp_path):
-    command = [sys.executable, ROOT / "tools" / "kill.py", "--kills", "1", "--methods", "simclr"]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.endswith("all the same\n")

@@ -14,6 +14,9 @@ from torch import nn
 from torch.nn.functional import normalize
 
 CLASSES = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL", "simsiam": "SimSiam"}
+LOSSES = dict(
+    zip(METHODS, ("nt_xent", "info_nce", "regression_loss", "negative_cosine"), strict=True)
+)
 # Other values than the default ones, so that a loop that ignores an option is seen.
 OPTIONS = {
     "simclr": ["--lr", 0.1, "--hidden-dim", 32, "--temperature", 0.3],
@@ -27,12 +30,15 @@ def watch(name, tiny, folder, *options, images=320, epochs=2, batch=32):
     """Train with a script on some of the tiny images; return what could be seen.
 
     x: the images given to augment. draws: a random number of each call. solarize: its argument.
-    views: what forward got. outputs: what it returned. autocast: its type, or False. first and
-    model: before and after training. metrics: the checkpoint's.
+    views: what forward got. outputs: what it returned. autocast: its type, or False. scored: the
+    networks whose kNN was taken. first and model: before and after training. metrics: the
+    checkpoint's.
     """
     script, out = importlib.import_module(name), folder / "run.pt"
-    seen = SimpleNamespace(x=[], draws=[], solarize=[], views=[], outputs=[], autocast=[])
-    network = getattr(script, CLASSES[name])
+    seen = SimpleNamespace(
+        x=[], draws=[], solarize=[], views=[], outputs=[], autocast=[], scored=[]
+    )
+    network, knn_accuracy = getattr(script, CLASSES[name]), script.knn_accuracy
 
     def augment(x, solarize=0.0):  # instead: the image, and its mirror image
         seen.x.append(x)
@@ -50,6 +56,10 @@ def watch(name, tiny, folder, *options, images=320, epochs=2, batch=32):
             seen.outputs.append(super().forward(*views))
             return seen.outputs[-1]
 
+    def watched_knn(backbone, data):
+        seen.scored.append(backbone)
+        return knn_accuracy(backbone, data)
+
     def load_dataset(*args):
         data = common.load_dataset(*args)._replace(test_images=None, test_labels=None)
         x, labels = data.train_images[:images], data.train_labels[:images]
@@ -60,6 +70,7 @@ def watch(name, tiny, folder, *options, images=320, epochs=2, batch=32):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "augment", augment)
         patch.setattr(script, "load_dataset", load_dataset)
+        patch.setattr(script, "knn_accuracy", watched_knn)
         patch.setattr(script, CLASSES[name], Watched)
         script.train(args)
     seen.metrics = torch.load(out, weights_only=True)["metrics"]
@@ -174,15 +185,37 @@ def test_images_and_views(run, tiny):
         torch.testing.assert_close(torch.cat([x1, x2]), expected, atol=2e-3, rtol=0)
 
 
-def test_bf16_is_used_when_asked_for(tiny, tmp_path, run):
-    """The networks run under autocast; the loss gets float32."""
+def test_bf16_is_used_when_asked_for(tiny, tmp_path, run, monkeypatch):
+    """In the networks, and only there: the loss gets float32, and is computed in it."""
     name, plain = run
     assert not any(plain.autocast)
+    script, in_losses = importlib.import_module(name), []
+    loss, network = getattr(script, LOSSES[name]), getattr(script, CLASSES[name])
+
+    def watched(*args):
+        in_losses.append(torch.is_autocast_enabled("cpu"))
+        return loss(*args)
+
+    monkeypatch.setattr(script, LOSSES[name], watched)
     seen = watch(name, tiny, tmp_path, "--bf16", epochs=1, images=32, batch=16)
-    assert seen.autocast == [torch.bfloat16] * 2
-    assert all(x.dtype == torch.float32 for x in seen.outputs[0])
-    x = nn.Sequential(seen.first.backbone, seen.first.projector)(seen.views[0][0])
-    assert not torch.equal(seen.outputs[0][-1], x) and math.isfinite(seen.metrics[0]["loss"])
+    assert seen.autocast == [torch.bfloat16] * 2 and in_losses and not any(in_losses)
+    for rounded, exact in zip(
+        seen.outputs[0], network.forward(seen.first, *seen.views[0]), strict=True
+    ):
+        assert rounded.dtype == torch.float32
+        assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bf16_unasked_is_for_gpus_that_have_it(name, monkeypatch):
+    """And not for the CPU of a machine that has such a GPU."""
+    parse_args = importlib.import_module(name).parse_args
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has_it in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", {False: has_it, True: True}.get)
+        assert parse_args([]).bf16 == has_it and not parse_args(["--device", "cpu"]).bf16
+        assert parse_args(["--device", "cpu", "--bf16"]).bf16
+        assert not parse_args(["--no-bf16"]).bf16
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -206,6 +239,7 @@ def test_seeds_a_last_smaller_batch_and_when_knn_is_taken(name, tiny, tmp_path):
         weights = [getattr(seen, model).backbone[0].weight for seen in (a, b, c)]
         assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert [row["epoch"] for row in a.metrics if "knn" in row] == [5, 7]
+    assert len(a.scored) == 2 and all(x is a.model.backbone for x in a.scored)
 
 
 def knn_data(n=100):
@@ -243,6 +277,16 @@ def test_knn_equals_brute_force():
     expected = {k: brute_force(data, backbone, k) for k in (1, 5, 10, 20, 40)}
     assert found == pytest.approx(expected.pop(20)) and 20 < found < 100
     assert found not in expected.values()  # another number of neighbours would be seen
+
+
+def test_knn_takes_every_nth_of_many_images():
+    """Every second of 10,010, sorted by class. The labels of those between are wrong."""
+    classes = torch.arange(10_010) // 1001
+    images = 255 * nn.functional.one_hot(classes, 10).byte().view(-1, 1, 2, 5)
+    classes[1::2] = 9 - classes[1::2]
+    mean, std = torch.zeros(1), torch.ones(1)
+    data = SimpleNamespace(train_images=images, train_labels=classes, mean=mean, std=std)
+    assert byol.knn_accuracy(nn.Flatten(), data) == 100
 
 
 def test_knn_of_a_handful_of_images():

@@ -12,9 +12,9 @@ import linear_eval
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DIFFS, ROOT, train, write_images
+from conftest import DIFFS, train, write_images
 from refresh_variants import refresh
-from test_family import model_of, train_here, watch
+from test_family import calls_of, model_of, train_here
 from torch import nn
 
 TRAINED = [name for name in DIFFS if not name.startswith("linear_eval")]
@@ -189,19 +189,27 @@ def test_byol_views_alike(load_variant, tiny, tmp_path, monkeypatch, name):
 
 
 def watch_moco(module, patch, folder, tiny):
-    """Train for one epoch of five steps; return the arguments of all cross-entropies, all keys."""
-    losses, keys = watch(patch, F, "cross_entropy"), Mock()
-    patch.setattr(module.MoCo, "enqueue", keys)
-    train_here(module, folder, tiny, "--queue-size", 256)
-    return [call.args for call in losses], [call.args[0] for call in keys.call_args_list]
+    """Train for one epoch of five steps; return the calls of forward, of the cross-entropy, the
+    keys that were queued, and the loss that was printed.
+    """
+    forward, losses = calls_of(patch, module.MoCo, "forward"), calls_of(patch, F, "cross_entropy")
+    queued = Mock()
+    patch.setattr(module.MoCo, "enqueue", queued)
+    options = ["--queue-size", 256, "--temperature", 0.3]
+    [row] = train_here(module, folder, tiny, *options)["metrics"]
+    return forward, losses, [call.args[0] for call in queued.call_args_list], row["loss"]
 
 
 def test_moco_end_to_end(load_variant, tiny, tmp_path, monkeypatch):
     """The keys are those of the batch, the queue is not used, and gradients flow into both."""
     module, (x1, x2) = load_variant("moco_end_to_end"), torch.rand(2, 16, 1, 28, 28)
-    losses, keys = watch_moco(module, monkeypatch, tmp_path, tiny)
-    assert keys == [] and all(logits.shape == (64, 64) for logits, _ in losses)
-    assert all(labels.tolist() == list(range(64)) for _, labels in losses)
+    with monkeypatch.context() as patch:
+        forward, losses, queued, printed = watch_moco(module, patch, tmp_path, tiny)
+    assert queued == [] and len(forward) == len(losses) == 5
+    for call, loss in zip(forward, losses, strict=True):
+        q, k = call.result
+        torch.testing.assert_close(loss.args, (q @ k.T / 0.3, torch.arange(64)))
+    assert printed == pytest.approx(sum(loss.result.item() for loss in losses) / 5)
     model = build(module)
     q, k = model(x1, x2)
     torch.testing.assert_close(k, model(x2, x1)[0])
@@ -224,14 +232,30 @@ def test_moco_split_batchnorm(load_variant):
 
 
 def test_moco_symmetric(load_variant, tiny, tmp_path, monkeypatch):
-    losses, keys = watch_moco(load_variant("moco_symmetric"), monkeypatch, tmp_path, tiny)
-    assert len(losses) == 10 and [len(k) for k in keys] == [128] * 5
+    """The views change places, both losses are added, and both batches of keys are queued."""
+    module = load_variant("moco_symmetric")
+    forward, losses, queued, printed = watch_moco(module, monkeypatch, tmp_path, tiny)
+    for (one, other), keys in zip(
+        zip(forward[::2], forward[1::2], strict=True), queued, strict=True
+    ):
+        assert one.args[1] is other.args[2] and one.args[2] is other.args[1]
+        assert torch.equal(keys, torch.cat([one.result[1], other.result[1]]))
+    for call, loss in zip(forward, losses, strict=True):
+        q, k = call.result
+        torch.testing.assert_close(loss.args[0][:, 0], (q * k).sum(dim=1) / 0.3)
+    assert printed == pytest.approx(sum(loss.result.item() for loss in losses) / 5)
 
 
 def test_linear_eval_z(load_variant, tiny, tmp_path):
-    train_here(load_variant("simclr"), tmp_path, tiny, "--projection-dim", 24)
+    """Its features are the embeddings of the whole trained network."""
+    module = load_variant("simclr")
+    saved = train_here(module, tmp_path, tiny, "--projection-dim", 24)
+    model = build(module, projection_dim=24).eval()
+    model.load_state_dict(saved["model"])
     encoder, _ = load_variant("linear_eval_z").load_encoder(tmp_path / "here.pt")
-    assert encoder(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).shape == (2, 24)
+    data = common.load_dataset("fashion-mnist", tiny)
+    x = (data.test_images / 255 - data.mean) / data.std
+    torch.testing.assert_close(encoder(data.test_images), model.projector(model.backbone(x)))
 
 
 def test_linear_eval_distill(load_variant, tiny, tmp_path, monkeypatch, capsys):
@@ -293,10 +317,3 @@ def test_refresh_leaves_a_fresh_diff_alone():
     fresh, kept = refresh(DIFFS["instdisc"]), DIFFS["instdisc"].read_text()
     counted = re.compile(r"^(index|similarity) .*\n", re.M)  # how alike the two files are
     assert counted.sub("", fresh) == counted.sub("", kept)
-
-
-def test_family_counts_the_changed_lines():
-    page = (ROOT / "docs" / "family.md").read_text()
-    for name, count in re.findall(r"variants/(\w+)\.diff\) \|.* (-\d+ \+\d+) \|\n", page):
-        body = DIFFS[name].read_text().split("@@", 1)[1]
-        assert count == "-{} +{}".format(body.count("\n-"), body.count("\n+")), name
