@@ -13,8 +13,8 @@ z = projector(h), p = predictor(z), and t = target(x) is the target network's z.
 
 Unlike the paper: a small convnet, not ResNet-50; batches of 128, not 4,096, so SGD, not LARS, with
 weight decay 5e-4 on all weights, not 1.5e-6; smaller heads; tau from 0.95, as runs are short; crops
-from 0.3 of the area, not 0.08; no blur; jitter in a fixed order, hue by rotating RGB. Their code
-starts the target apart, has no bias in last layers, adds brightness, takes contrast by channel.
+from 0.3 of the area, not 0.08; no blur; jitter in a fixed order, hue by rotating RGB. In their code
+the target starts apart, last layers have no bias, brightness is added, contrast is by channel.
 """
 
 import argparse

@@ -4,9 +4,9 @@
     python linear_eval.py --weights simclr.pt moco.pt --labels 100 1000 all --csv scores.csv
 
 Linear evaluation: a frozen backbone turns each image into features. A linear classifier and a vote
-of nearest neighbours, which can learn little themselves, get those of labelled training images and
-are scored on the test images. The first two rows are for comparison: raw pixels, and the backbone
-with random weights. Only what a checkpoint adds was learnt. N images, F features, K classes.
+of nearest neighbours, too simple to learn much themselves, are fitted to those of labelled training
+images and scored on the test images. The first two rows are for comparison: raw pixels, and random
+weights. Only what a checkpoint adds to these was learnt. N images, F features, K classes.
 """
 
 import argparse

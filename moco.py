@@ -1,8 +1,8 @@
 """MoCo v2: Momentum Contrast (He et al. 2019, Chen et al. 2020, arXiv 1911.05722, 2003.04297).
 
 A query, made from one random view of an image (cropped, recoloured), must find its key, made from
-the other view, among thousands of negatives: keys of other images, which a queue keeps. If all were
-alike, a collapse, it could not. The key encoder changes slowly, so old keys stay comparable.
+the other view, among thousands of negatives: keys of other images, which a queue keeps. If all keys
+were alike, a collapse, it could not. The key encoder changes slowly, so old ones stay comparable.
 
     python moco.py --epochs 10                # Fashion-MNIST, 3 minutes, one CPU core
     python linear_eval.py --weights moco.pt   # 90.6% (random network: 88.0%)

@@ -16,9 +16,9 @@ views, such as colour.
 
 Unlike the paper: a small convnet, not ResNet-50; batches of 128, not 4,096, so SGD, not LARS, with
 weight decay 5e-4 on all weights, not 1e-6; a smaller head, without the authors' last BatchNorm;
-crops from 0.2 of the area, not 0.08; jitter at half strength and no blur, as on their CIFAR-10,
-brightness multiplied, not added, contrast about the mean grey, not by channel, all in a fixed
-order, hue by rotating RGB.
+crops from 0.2 of the area, not 0.08. As on their CIFAR-10, jitter has half the strength, and there
+is no blur. Brightness is multiplied, not added, contrast is about the mean grey, not by channel,
+their order is fixed, and hue rotates RGB.
 """
 
 import argparse

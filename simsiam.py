@@ -1,8 +1,8 @@
 """SimSiam: Exploring Simple Siamese Representation Learning (Chen and He 2020, arXiv 2011.10566).
 
-One network sees two random views of an image, cropped and recoloured. From its embedding of one, a
-predictor predicts its embedding of the other, and no gradient flows into what is predicted. There
-are no negatives, no queue and no averaged network. If all embeddings were equal, a collapse, the
+One network sees two random views of an image, cropped and recoloured. A predictor takes the
+embedding of one view and predicts that of the other, which gets no gradient. There are no
+negatives, no queue and no averaged network. If all embeddings were equal, a collapse, the
 prediction would be perfect; predictor and stop-gradient keep training away from that. Why they do
 is not settled: section 5 of the paper sees two steps in turn, as in k-means. One sets a target for
 each image, the other trains the network towards it.

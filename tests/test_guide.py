@@ -15,7 +15,8 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_
 [SORT] = [text for text in SNIPPETS if "predictions" in text]
 [STUDENT] = [text for text in SNIPPETS if "shift_and_mirror" in text]  # takes the place of lines
 [OTHERS] = [text for text in SNIPPETS if "resnet18" in text]
-SNIPPETS = [text for text in SNIPPETS if text not in (STUDENT, OTHERS)]
+[SCORE] = [text for text in SNIPPETS if "chunk(5)" in text]  # goes on after SORT
+SNIPPETS = [text for text in SNIPPETS if text not in (STUDENT, OTHERS, SCORE)]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,18 @@ def check_predictions(folder):
     assert probabilities == sorted(probabilities, reverse=True) and 0.5 <= probabilities[-1]
 
 
+def test_each_label_is_held_out_once(ran, capsys):
+    """All are right where the features are the class. But a label that is wrong is not found."""
+    data, known = (ran[1]["predictions"][name] for name in ("data", "known"))
+    labels = data.train_labels.clone()
+    features = torch.eye(2)[labels.clamp_min(0)]
+    for n in (28, 25):
+        variables = dict(features=features, known=known, linear_probe=linear_eval.linear_probe)
+        exec(SCORE, variables | dict(data=data._replace(train_labels=labels)))
+        assert capsys.readouterr().out == f"{100 * n / 28:.1f}% of 28 images\n"
+        labels[:3] = 1 - labels[:3]  # three cats are called dogs
+
+
 def sort_with(snippet, places, ran, monkeypatch, tmp_path):
     """Run the program that sorts, with a snippet in the place of the lines that begin so."""
     for name in ("album", "album.pt"):
@@ -111,6 +124,7 @@ def test_network_of_others_sorts(ran, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     variables = sort_with(OTHERS, ("encoder, ", "data = "), ran, monkeypatch, tmp_path)
     assert variables["features"].shape == (12 + 16 + 9, 512)
+    assert variables["network"].feature_dim == 512  # which the student asks for
 
 
 def test_exported_program(ran):

@@ -1,14 +1,14 @@
 """tools/measure.py and tools/tables.py: from a list of runs to the tables on the pages."""
 
 import argparse
+import fcntl
 import importlib
 import json
 import shlex
 import shutil
 import subprocess
-import tarfile
+import sys
 
-import linear_eval
 import measure
 import pytest
 import simclr
@@ -77,14 +77,12 @@ def test_measure_goes_on_where_it_stopped(tiny_runs, tmp_path, capsys, monkeypat
     assert len(tiny_runs()) == 13
     assert "evaluated" in (out := capsys.readouterr().out) and "trained" not in out
 
-    tiny_runs("--pack", tmp_path / "backbones.tar")
-    path = measure.checkpoint_of(TINY_RUN, args(tmp_path))
-    whole, _ = linear_eval.load_encoder(path)
-    with tarfile.open(tmp_path / "backbones.tar") as tar:
-        tar.extract(path.name, tmp_path / "unpacked", filter="data")
-    part, _ = linear_eval.load_encoder(tmp_path / "unpacked" / path.name)
-    images = torch.randint(0, 256, (3, 1, 28, 28)).byte()
-    assert torch.equal(part(images), whole(images))
+    # Without its checkpoint, another network's accuracy would be put beside the rows that are left.
+    (tmp_path / "results.csv").unlink()
+    measure.append([], kept, tmp_path / "results.csv")
+    measure.checkpoint_of(TINY_RUN, args(tmp_path)).unlink()
+    assert len(tiny_runs()) == 12
+    assert "left out, as its rows are of a checkpoint that is not in" in capsys.readouterr().out
 
 
 def args(folder):
@@ -208,8 +206,50 @@ def test_evaluation_without_rows_is_not_repeated(tiny_runs, monkeypatch, capsys)
 
     monkeypatch.setattr(measure, "start", start)
     monkeypatch.setattr(measure, "evaluation_rows", lambda *_: [])
-    assert len(tiny_runs()) == 1
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        tiny_runs()
     assert capsys.readouterr().out.count("FAILED") == 1
+
+
+def test_seconds_are_of_the_median_epoch():
+    options = dict(method="simclr", backbone="convnet", out="a/run.pt")
+    saved = dict(args=options, metrics=[dict(seconds=seconds) for seconds in (2, 30, 3)])
+    assert measure.facts(TINY_RUN, saved, "abc")["training_seconds"] == 9
+
+
+def test_what_a_run_needs(tiny_runs, monkeypatch, capsys):
+    """A CPU for itself, a GPU, or the folder of CIFAR-10: it is left out, and that is said."""
+    runs = [TINY_RUN._replace(group=group) for group in ("cpu", "resnet18")]
+    monkeypatch.setattr(
+        measure, "all_runs", lambda: [*runs, TINY_RUN._replace(dataset=measure.CIFAR)]
+    )
+    for cuda, jobs, left_out in (
+        (False, 1, ("a GPU", "--cifar")),
+        (False, 2, ("a CPU for itself, --jobs 1", "a GPU", "--cifar")),
+        (True, 1, ("a CPU for itself, --jobs 1", "--cifar")),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        tiny_runs("--list", "--jobs", jobs)
+        lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("left out")]
+        for line, what in zip(lines, left_out, strict=True):
+            assert line.startswith(f"left out, as it needs {what}: ")
+
+
+def test_two_measurements_in_one_folder_are_refused(tiny_runs, monkeypatch, tmp_path):
+    """The lock is also that of the processes which a killed measurement has left."""
+    command = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(60)"]
+    with (tmp_path / "lock").open("w") as lock:
+        options = argparse.Namespace(checkpoints=tmp_path, commit="abc", lock=lock)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = measure.start(measure.Job((TINY_RUN,), None, command, 0), options)
+    with pytest.raises(SystemExit, match="another measurement, or a process that it left, uses"):
+        tiny_runs()
+    process.kill()
+    process.wait()
+    commit, machine = measure.started_at(TINY_RUN, options)
+    assert commit == "abc" and machine == dict(
+        device=measure.processor(), threads="1", torch=torch.__version__
+    )
 
 
 def test_list_of_runs_is_complete():
@@ -327,8 +367,6 @@ def test_changed_lines_of_a_diff_are_counted():
 def test_what_is_not_measured_leaves_a_page_alone():
     page = "<!-- table: {} -->\n\nwhat an earlier version had\n\n<!-- end -->\n"
     assert tables.fill(page.format("digits"), rows_of_simclr()) == page.format("digits")
-    earlier = page.format("ten-cifar10").replace("an earlier version had", tables.EARLIER)
-    assert tables.fill(earlier, rows_of_simclr()) == earlier  # as only some of its rows are there
     text = tables.fill(page.format("ten-cifar10"), rows_of_simclr())
     assert "| SimCLR | 43.0" in text and "BYOL" not in text and "earlier" not in text
 

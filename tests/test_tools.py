@@ -1,4 +1,4 @@
-"""What is run by hand: each tool once, and the pictures of images that are not as one expects."""
+"""The benchmark and the pictures, and pictures of images that are not as one expects."""
 
 import csv
 import warnings
@@ -121,8 +121,9 @@ def test_pictures_of_the_documentation(runs, tmp_path):
         writer.writerows(rows)
     options = ["--docs", "--csv", tmp_path / "results.csv", "--out", tmp_path / "docs"]
     (tmp_path / "docs").mkdir()
-    process = draw(runs, "data", *options)
+    process = draw(runs, "data", *options, "--weights", "a/b.pt")  # its images are others
     assert process.returncode == 0, process.stderr
+    assert "a/b.pt is left out: it is not of ten epochs" in process.stdout
     names = {"methods.png", "family.png", "accuracy-over-time.png", "labels-cifar10.png"}
     check(tmp_path / "docs", names)
 
@@ -153,8 +154,10 @@ def test_scores_of_another_kind_are_refused(runs, tmp_path):
 
 
 def test_benchmark(tmp_path):
-    data = write_fashion_mnist(tmp_path / "data", n_train=520)
-    options = ["--rounds", 1, "--images", 520, "--methods", "simsiam", "--data-dir", data]
+    data = write_fashion_mnist(tmp_path / "data", n_train=260)
+    options = ["--rounds", 1, "--images", 260, "--methods", "simsiam", "--data-dir", data]
+    options += ["--bottleneck-dim", 64]  # SimSiam's own
     process = call(tmp_path, "tools/benchmark.py", *options, "--device", "cpu")
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("simsiam") == 2 and "time ratio" in process.stdout
+    assert "\n       256 " in process.stdout and "\n       512 " not in process.stdout

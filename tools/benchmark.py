@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import importlib
 import io
-import resource
+import math
 import statistics
 import sys
 import tempfile
@@ -44,6 +44,16 @@ def epochs(method, data, options, augment=True):
     return [images / row["seconds"] for row in rows[1:]]
 
 
+def peak_memory():
+    """Return the most memory, in bytes, that this process has had so far; nan on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def main():
     """Print a table of the methods, and one of batch sizes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -51,7 +61,7 @@ def main():
     parser.add_argument("--images", type=int, default=6400, help="in the training set")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     args, options = parser.parse_known_args()
-    chosen = importlib.import_module("simclr").parse_args([*options, "--out", "/no/such/run.pt"])
+    chosen = importlib.import_module(args.methods[0]).parse_args(options)
     data = common.load_dataset(chosen.dataset, chosen.data_dir, chosen.image_size, chosen.device)
     images, labels = data.train_images[: args.images], data.train_labels[: args.images]
     data = data._replace(train_images=images, train_labels=labels)
@@ -66,15 +76,13 @@ def main():
             whole += epochs(method, data, options)
             compute += epochs(method, data, options, augment=False)
         whole, compute = statistics.median(whole), statistics.median(compute)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        if gpu:
-            memory = torch.cuda.max_memory_allocated() / 2**20
+        memory = torch.cuda.max_memory_allocated() if gpu else peak_memory()
         ratio = compute / whole
-        print(f"{method:<10}{whole:>12,.0f}{compute:>10,.0f}{ratio:>12.2f}{memory:>9,.0f}")
+        print(f"{method:<10}{whole:>12,.0f}{compute:>10,.0f}{ratio:>12.2f}{memory / 2**20:>9,.0f}")
     print("\ntime ratio: of an epoch end to end to one of compute. peak MB: so far.")
 
     print(f"\n{args.methods[0]}, by batch size:")
-    for size in (64, 128, 256, 512):
+    for size in (x for x in (64, 128, 256, 512) if x <= len(data.train_images)):
         found = epochs(args.methods[0], data, [*options, "--batch-size", str(size)])
         print(f"{size:>10}{statistics.median(found):>12,.0f}", flush=True)
 

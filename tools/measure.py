@@ -6,15 +6,16 @@
 
 CIFAR is a folder with CIFAR-10 as JPEG files; docs/results.md says how to make it. Checkpoints and
 logs go to --checkpoints. A run whose checkpoint is there is not trained again, a killed one goes on
-after its last whole epoch, and what has rows is not evaluated again. Where there is no git, name
-the commit with --commit or in the environment as COMMIT.
+after its last whole epoch, and what has rows is not evaluated again. `cpu`, the seconds of runs
+that have a CPU to themselves, needs --jobs 1, and `resnet18` a GPU. Where there is no git, name the
+commit with --commit or in the environment as COMMIT.
 """
 
 import argparse
 import csv
+import fcntl
 import importlib
 import inspect
-import io
 import itertools
 import json
 import math
@@ -24,9 +25,9 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
-import tarfile
 import time
 from functools import cache
 from pathlib import Path
@@ -263,19 +264,19 @@ def facts(run, saved, commit):
     columns = dict(zip(IDENTITY, identity(run), strict=True))
     columns |= dict(backbone=options["backbone"], commit=commit)
     columns |= dict(method=options["method"], checkpoint=Path(saved["args"]["out"]).name)
-    columns["training_seconds"] = round(sum(row["seconds"] for row in saved["metrics"]), 1)
+    # Of the median epoch, as other work on the machine may have held up some of them.
+    seconds = [row["seconds"] for row in saved["metrics"]]
+    columns["training_seconds"] = round(statistics.median(seconds) * len(seconds), 1)
     return columns | dict(options=json.dumps(options))
 
 
-def training_row(run, saved, commit):
-    """Return a row with what the training itself printed last."""
-    device, last = saved["args"]["device"], saved["metrics"][-1]
+def training_row(run, saved, commit, machine):
+    """Return a row with what the training itself printed last, and the machine that it ran on."""
+    last = saved["metrics"][-1]
     row = dict(kind="training", z_std=round(last["z_std"], 5))
     if "knn" in last:
         row["training_knn"] = round(last["knn"], 2)
-    row["device"] = torch.cuda.get_device_name() if device == "cuda" else processor()
-    row |= dict(threads=os.environ.get("OMP_NUM_THREADS", ""), torch=torch.__version__)
-    return facts(run, saved, commit) | row
+    return facts(run, saved, commit) | row | machine
 
 
 def processor():
@@ -366,7 +367,7 @@ def ranks_row(run, saved, commit, args):
     sys.path.insert(0, str(args.checkpoints / "scripts"))
     model = build(importlib.import_module(run.name.split()[0]), saved["args"])
     sys.path.pop(0)
-    model.load_state_dict(saved["model"])
+    model.load_state_dict(torch.load(checkpoint_of(run, args), weights_only=True)["model"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).eval()
     data = load(run.dataset, args)
@@ -380,13 +381,13 @@ def ranks_row(run, saved, commit, args):
 
 @cache
 def read_checkpoint(path, _changed):
-    """Return a checkpoint without its optimizer."""
+    """Return the options and the metrics of a checkpoint."""
     saved = torch.load(path, "cpu", weights_only=True)
-    return {key: saved[key] for key in ("args", "metrics", "model")}
+    return {key: saved[key] for key in ("args", "metrics")}
 
 
 def checkpoint(run, args):
-    """Return the run's checkpoint; None before the end of the first epoch."""
+    """Return options and metrics of the run's checkpoint; None before its first epoch's end."""
     path = checkpoint_of(run, args)
     if not path.exists() or not path.stat().st_size:
         return None
@@ -544,8 +545,13 @@ def seconds_of(job, args):
 
 def described(run, rows):
     """Say whether there are rows of what the training itself measured."""
-    kinds = [row["kind"] for row in rows if belongs(row, run)]
+    kinds = kinds_of(run, rows)
     return "training" in kinds and (not run.ranks or "ranks" in kinds)
+
+
+def kinds_of(run, rows):
+    """Return the kinds of rows that a run has."""
+    return {row["kind"] for row in rows if belongs(row, run)}
 
 
 def collect(run, rows, args):
@@ -553,10 +559,11 @@ def collect(run, rows, args):
     saved = checkpoint(run, args)
     if not saved or len(saved["metrics"]) < run.epochs:
         return
-    log = checkpoint_of(run, args).with_suffix(".log")
-    commit = log.read_text().split()[1] if log.exists() else args.commit  # of the training
-    new = [training_row(run, saved, commit)]
-    if run.ranks and not any(row["kind"] == "ranks" and belongs(row, run) for row in rows):
+    commit, machine = started_at(run, args)
+    new, kinds = [], kinds_of(run, rows)
+    if "training" not in kinds:
+        new.append(training_row(run, saved, commit, machine))
+    if run.ranks and "ranks" not in kinds:
         new.append(ranks_row(run, saved, commit, args))
     for evaluation in run.evaluations:
         new += evaluation_rows(run, evaluation, saved, commit, args)
@@ -566,15 +573,31 @@ def collect(run, rows, args):
 def start(job, args):
     """Start the job's process; its output goes to a log beside the (first) checkpoint."""
     path = checkpoint_of(job.runs[0], args).with_suffix(".log")
+    cuda = torch.cuda.is_available() and "--device cpu" not in job.runs[0].name
+    device = torch.cuda.get_device_name() if cuda else processor()
+    machine = json.dumps(dict(device=device, threads="1", torch=torch.__version__))
     with path.open("a") as log:
-        log.write(f"commit {args.commit} {shlex.join(job.command)}\n")
+        log.write(f"commit {args.commit} {machine}\n{shlex.join(job.command)}\n")
         log.flush()
-        environment = os.environ | dict(OMP_NUM_THREADS="1")
-        return subprocess.Popen(job.command, stdout=log, stderr=log, env=environment)
+        # The process keeps the lock, should this one be killed.
+        own = dict(env=os.environ | dict(OMP_NUM_THREADS="1"), pass_fds=[args.lock.fileno()])
+        return subprocess.Popen(job.command, stdout=log, stderr=log, **own)
+
+
+def started_at(run, args):
+    """Return the commit, and columns that describe the machine, of a run's training.
+
+    `start` wrote them into the first line of its log. Without one, --commit is all that is known.
+    """
+    log = checkpoint_of(run, args).with_suffix(".log")
+    if not log.exists():
+        return args.commit, {}
+    _, commit, *machine = log.read_text().splitlines()[0].split(maxsplit=2)
+    return commit, json.loads(*machine) if machine else {}
 
 
 def work(runs, rows, args):
-    """Start job after job, and append rows as they come."""
+    """Start job after job, and append rows as they come; return how many runs failed."""
     running, failed, over, begun = {}, set(), set(), time.monotonic()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     for run in runs:  # what a killed measurement has left
@@ -598,7 +621,7 @@ def work(runs, rows, args):
                     break
                 running[start(job, args)] = job, time.monotonic()
             if not running:
-                return
+                return len(failed)
             time.sleep(1)
             for process, (job, since) in list(running.items()):
                 ended = process.poll() is not None
@@ -623,24 +646,24 @@ def work(runs, rows, args):
                 collect(run, rows, args)
 
 
-def pack(runs, args):
-    """Write the backbones of all finished runs to a tar file: linear_eval.py needs no more."""
-    with tarfile.open(args.pack, "w") as tar:
-        for path in sorted({checkpoint_of(run, args) for run in runs}):
-            if not path.exists():
-                continue
-            saved, buffer = torch.load(path, "cpu", weights_only=True), io.BytesIO()
-            weights = {k: v for k, v in saved["model"].items() if k.startswith("backbone.")}
-            torch.save(dict(args=saved["args"], metrics=saved["metrics"], model=weights), buffer)
-            entry = tarfile.TarInfo(path.name)
-            entry.size = buffer.tell()
-            buffer.seek(0)
-            tar.addfile(entry, buffer)
+def why_not(run, rows, args):
+    """Return why a run that lacks rows cannot be measured here and now; "" if it can."""
+    cuda = torch.cuda.is_available()
+    if not args.cifar and run.dataset not in (FASHION, DIGITS):
+        return "it needs --cifar"
+    if run.group == "resnet18" and not cuda:
+        return "it needs a GPU"
+    if run.group == "cpu" and (cuda or args.jobs > 1):
+        return "it needs a CPU for itself, --jobs 1"
+    if "training" in kinds_of(run, rows) and not checkpoint(run, args):
+        return f"its rows are of a checkpoint that is not in {args.checkpoints}"
+    return ""
 
 
 def commit_of_git():
     """Return the commit, with + if a script or a diff has changed since; "" without git."""
-    commands = ["git rev-parse --short=10 HEAD", "git diff HEAD --stat -- *.py docs/variants"]
+    scripts = ":(glob)*.py docs/variants"
+    commands = ["git rev-parse --short=10 HEAD", f"git status --porcelain -- {scripts}"]
     try:
         results = [
             subprocess.run(x.split(), cwd=ROOT, capture_output=True, text=True) for x in commands
@@ -660,13 +683,11 @@ def parse_args(argv=None):
     option("--csv", type=Path, default=ROOT / "docs" / "results.csv", help="the file of results")
     option("--only", default="", metavar="PATTERN", help="regular expression, see --list")
     option("--jobs", type=int, default=2, help="processes side by side")
-    option("--longest-first", action="store_true", help="if not: the most important first")
     option("--minutes", type=float, default=math.inf, help="start nothing that would end later")
     option("--speed", type=float, default=12_000 if cuda else 1_500, help="images/s of a process")
     option("--commit", default=os.environ.get("COMMIT") or commit_of_git())
     option("--list", action="store_true", help="say what is missing, and about how long it takes")
     option("--dry-run", action="store_true", help="print the commands")
-    option("--pack", metavar="TAR", help="only write the backbones of the runs to a file")
     args = parser.parse_args(argv)
     for name in ("cifar", "data_dir", "checkpoints", "csv"):
         if vars(args)[name]:
@@ -680,16 +701,14 @@ def main(argv=None):
     """Do what --help says."""
     args = parse_args(argv)
     args.checkpoints.mkdir(parents=True, exist_ok=True)
-    runs = [run for run in all_runs() if re.search(args.only, str(run))]
-    if torch.cuda.is_available():
-        runs = [run for run in runs if run.group != "cpu"]
-    if not args.cifar:
-        runs = [run for run in runs if run.dataset in (FASHION, DIGITS)]
-        print("without --cifar: Fashion-MNIST and the digits only")
-    if args.pack:
-        return pack(runs, args)
-    rows, total = read(args.csv), 0
-    missing = [jobs for run in runs if (jobs := jobs_of(run, rows, args))]
+    runs, rows, total = [], read(args.csv), 0
+    for run in all_runs():
+        if re.search(args.only, str(run)) and jobs_of(run, rows, args):
+            if reason := why_not(run, rows, args):
+                print(f"left out, as {reason}: {run}")
+            else:
+                runs.append(run)
+    missing = [jobs_of(run, rows, args) for run in runs]
     if args.list or args.dry_run:
         trained = set()
         for jobs in missing:
@@ -704,14 +723,19 @@ def main(argv=None):
                 print(f"            {shlex.join(job.command)}")
         print(f"{total / 60:6.1f} min in all, {total / 60 / args.jobs:.0f} with --jobs {args.jobs}")
         return
-    write_scripts(args.checkpoints / "scripts")
-    used = {jobs[0].runs[0].dataset for jobs in missing}
-    used |= {job.evaluation.dataset for jobs in missing for job in jobs if job.evaluation}
-    for dataset in used - {""}:  # here, or each process would decode the images by itself
-        load(dataset, args)
-    if args.longest_first:
-        runs.sort(key=lambda run: -run.epochs * DATASETS[run.dataset][0])
-    work(runs, rows, args)
+    with (args.checkpoints / "lock").open("w") as args.lock:
+        try:
+            fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"another measurement, or a process that it left, uses {args.checkpoints}")
+        write_scripts(args.checkpoints / "scripts")
+        used = {jobs[0].runs[0].dataset for jobs in missing}
+        used |= {job.evaluation.dataset for jobs in missing for job in jobs if job.evaluation}
+        for dataset in used - {""}:  # here, or each process would decode the images by itself
+            load(dataset, args)
+        failed = work(runs, rows, args)
+    if failed:
+        sys.exit(f"{failed} runs failed")
 
 
 if __name__ == "__main__":

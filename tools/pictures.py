@@ -5,7 +5,8 @@
     python tools/pictures.py --weights *.pt --docs     # the pictures of docs/
 
 scores.csv is what linear_eval.py --csv has written. --docs draws what docs/results.csv has rows
-for, the methods, the family, and, of checkpoints, those pictures of docs/ that they can show.
+for, the methods, the family, and, of checkpoints of ten epochs of Fashion-MNIST or CIFAR-10, those
+pictures of docs/ that they can show.
 """
 
 import argparse
@@ -200,11 +201,13 @@ def draw_neighbours_of(encoder, data, path):
 
 
 def draw_views_of(saved, data, path):
-    """Draw ten images and three pairs of views of each, as the method of the checkpoint does."""
+    """Draw ten images and three pairs of views of each, as the script of the checkpoint does."""
+    if saved["args"]["method"] not in METHODS:
+        return print(f"{path} is not drawn: {saved['args']['method']} is a variant")
     images, labels, *_ = split(data)
     x = images[labels.argsort(stable=True)[:: math.ceil(len(labels) / 10)]] / 255
     method = saved["args"]["method"]
-    script = importlib.import_module(method if method in METHODS else "simclr")
+    script = importlib.import_module(method)
     second = dict(solarize=0.2) if method == "byol" else {}  # as byol.train does
     torch.manual_seed(0)
     views = [x]
@@ -273,7 +276,7 @@ FAMILY = {  # name: (year of arXiv, column, height, what it changes in those bef
     "CMC": (2019, 1, 5.5, "luminance and colour\ninstead of patches", ("CPC",)),
     "InvaSpread": (2019, 1, 3.1, "the batch instead\nof the bank", ("InstDisc",)),
     "MoCo": (2019, 1, 1.1, "a queue instead of\nthe bank, slow keys", ("CPC", "InstDisc")),
-    "SimCLR": (2020, 2, 4.3, "strong augmentation,\na nonlinear head", ("CPC", "InvaSpread")),
+    "SimCLR": (2020, 2, 4.3, "two random views,\na nonlinear head", ("CPC", "InvaSpread")),
     "SimCLRv2": (2020, 3, 6.0, "a deeper head, its\nfirst layer is kept", ("SimCLR",)),
     "SupCon": (2020, 3, 5.1, "positives\nby label", ("SimCLR",)),
     "SwAV": (2020, 3, 3.2, "clusters instead\nof negatives", ("SimCLR",)),
@@ -524,19 +527,23 @@ def draw_docs(args, loaded):
         if any(row["row"] in METHODS.values() for row in part):
             draw_labels(scores_of(part), docs / f"{name}.png")
 
-    fashion, others, collapse = {}, {}, {}
-    for encoder, saved in loaded.values():
-        method, grey = saved["args"]["method"], saved["args"]["dataset"] == "fashion-mnist"
+    fashion, cifar, collapse = {}, {}, {}
+    for path, (encoder, saved) in loaded.items():
+        method, images = saved["args"]["method"], saved["args"]["images"]
+        part = {(60_000, 28): fashion, (50_000, 32): cifar}.get((images[0], images[3]))
+        if part is None or len(saved["metrics"]) != 10:
+            print(f"{path} is left out: it is not of ten epochs of Fashion-MNIST or CIFAR-10")
+            continue
         if method in METHODS:
-            (fashion if grey else others)[method] = encoder, saved
+            part[method] = encoder, saved
         if method in ("simsiam", "simsiam_no_stop_grad", "simsiam_no_stop_grad_no_norm"):
-            collapse |= {} if grey else {method: saved["metrics"]}
-    if fashion:
-        metrics = {METHODS[m]: fashion[m][1]["metrics"] for m in METHODS if m in fashion}
+            collapse |= {method: saved["metrics"]} if part is cifar else {}
+    if len(fashion) == len(METHODS):
+        metrics = {METHODS[m]: fashion[m][1]["metrics"] for m in METHODS}
         draw_curves(metrics, docs / "curves.png")
     if len(collapse) == 3:
         draw_curves(dict(sorted(collapse.items())), docs / "stop-gradient.png")
-    for part in (fashion, others):
+    for part in (fashion, cifar):
         if "simclr" not in part:
             continue
         encoder, saved = part["simclr"]

@@ -7,8 +7,7 @@ On a page, a table stands between <!-- table: NAME --> and <!-- end -->; what is
 replaced. So is the number of lines that a diff changes, where a row about it ends with that. In a
 script, `91.0% (random network: 88.1%)` and `5 minutes, one CPU core` are, and in the diffs of it,
 so that they still apply. A dash is what has not been measured. A row without figures is left out. A
-table without any stays as it is on the page, and one that says "with the version of commit" stays
-until all its rows are measured.
+table without any stays as it is on the page.
 """
 
 import argparse
@@ -19,7 +18,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from measure import CIFAR, DATASETS, DIGITS, FASHION, SMALL, all_runs
+from measure import CIFAR, DATASETS, DIGITS, FASHION, IDENTITY, SMALL, all_runs, identity
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL", "simsiam": "SimSiam"}
@@ -37,7 +36,6 @@ RELATIVES = {
     "moco_v3": "MoCo v3, transformer",
     "dino": "DINO, transformer",
 }
-EARLIER = "with the version of commit"
 FEW = SMALL[-1]
 ALL = {name: labelled for name, (_, labelled) in DATASETS.items()}
 
@@ -133,7 +131,7 @@ def precision(rows):
         both = {row["seed"] for row in runs[0]} & {row["seed"] for row in runs[1]}
         runs = [Rows(row for row in run if row["seed"] in both) for run in runs]
         few = [linear(run, method, CIFAR, 10).of(labels=1000).means("seed") for run in runs]
-        knn = [run.of(kind="training").numbers("training_knn") for run in runs]
+        knn = [run.of(kind="training").means("seed", "training_knn") for run in runs]
         lines.append([label, *(each(values) for values in knn + few)])
     head = ["", "kNN: float32", "bf16", "1,000 labels: float32", "bf16"]
     return markdown(head, lines)
@@ -224,7 +222,7 @@ def photos(rows):
     line(["", "", "labels only"], few, ["", "labels only"])
     runs = [run for run in all_runs() if run.group == "photos"]
     for run in sorted(runs, key=lambda run: (steps_of(run) > 10_000, DATASETS[run.dataset][0])):
-        trained = dict(run=run.name, trained_on=run.dataset, epochs=run.epochs)
+        trained = dict(zip(IDENTITY, identity(run), strict=True))
         label = [f"{DATASETS[run.dataset][0]:,}", f"{steps_of(run):,} ({run.epochs:,} epochs)"]
         line([*label, METHODS[run.name]], few.of(**trained), ["linear", "fine-tuned"])
         found = rows.of(script="linear_eval_distill", kind="distilled", dataset=FEW, **trained)
@@ -326,7 +324,8 @@ def variants(method, names=()):
             run = rows.of(run=method if name == script else name, trained_on=CIFAR, epochs=10)
             run = Rows(row for row in run if row["seed"] in "01")
             trained = run.of(kind="training")
-            cells = [each(trained.numbers("training_knn")), each(trained.numbers("z_std"), ".2f")]
+            cells = [each(trained.means("seed", "training_knn"))]
+            cells += [each(trained.means("seed", "z_std"), ".2f")]
             cells += [each(run.of(kind="ranks").means("seed", "rank_z"))]
             cells += [each(run.of(kind="ranks").means("seed", "rank_h"), ".0f")]
             cells = cells if name != script else [""] * 4
@@ -346,7 +345,7 @@ def relatives(rows):
         found = rows.of(run=run.name, trained_on=CIFAR, epochs=run.epochs)
         trained = found.of(kind="training")
         cells = [str(run.epochs), mean([x / 60 for x in trained.numbers("training_seconds")])]
-        cells.append(each(trained.numbers("training_knn")))
+        cells.append(each(trained.means("seed", "training_knn")))
         scored = found.of(kind="linear", script="linear_eval")
         cells += [each(scored.of(labels=n).means("seed")) for n in (1000, 50_000)]
         lines.append([f"[{run.name}](variants/{run.name}.diff)", lines_of(run.name), *cells])
@@ -361,7 +360,7 @@ def family(rows):
     rows, lines, used = Rows(rows), [], Rows()
 
     def line(label, found, trained):
-        lines.append([label, each(trained.numbers("training_knn")) if trained else ""])
+        lines.append([label, each(trained.means("seed", "training_knn")) if trained else ""])
         lines[-1] += [each(found.of(labels=n).means("seed")) for n in (1000, 50_000)]
 
     for name, label in (METHODS | RELATIVES).items():
@@ -431,7 +430,7 @@ def fill(text, rows):
         chosen = of_precision(rows, match[2])
         blank, lines = (TABLES[match[2]](x).splitlines() for x in (Rows(), chosen))
         measured = [line for line in lines if " - |" not in line or line not in blank]
-        if lines == blank or (EARLIER in match[0] and measured != lines):
+        if lines == blank:
             return match[0]
         return "\n\n".join([match[1], "\n".join(measured), "<!-- end -->"])
 
