@@ -364,6 +364,17 @@ def test_changed_lines_of_a_diff_are_counted():
     assert tables.fill(row.format("-1 +2"), tables.Rows()) == expected
 
 
+def test_seeds_stand_in_order_and_only_those_meant_are_counted():
+    base = dict.fromkeys(measure.COLUMNS, "") | dict(kind="training", trained_on=tables.CIFAR)
+    base |= dict(run="simclr", epochs="10", bf16="True", device="CPU")
+    rows = tables.Rows(
+        base | dict(seed=seed, training_knn=knn, z_std=z_std)
+        for seed, knn, z_std in (("1", "51", "0.8"), ("0", "50", "0.9"))
+    )
+    assert "| 50.0 / 51.0 | 0.90 / 0.80 |" in tables.TABLES["variants-simclr"](rows)
+    assert "One run, trained on CPU" in tables.TABLES["photos"](rows)  # of seed 0
+
+
 def test_what_is_not_measured_leaves_a_page_alone():
     page = "<!-- table: {} -->\n\nwhat an earlier version had\n\n<!-- end -->\n"
     assert tables.fill(page.format("digits"), rows_of_simclr()) == page.format("digits")
