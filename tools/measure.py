@@ -100,8 +100,10 @@ def all_runs():
         for name in ("byol", "simclr"):
             yield Run("labels", name, dataset, 100, 0, (Evaluation(flags="--finetune"),))
 
-    # Few images: 4,000 and 40,000 steps of 128, and the same 1,000 labelled images in all rows.
-    for steps, dataset, name in product((4_000, 40_000), (*SMALL, CIFAR), ("simclr", "byol")):
+    # Few images: 4,000 steps of 128, and 40,000 of all sizes but one in the middle. The same 1,000
+    # labelled images in all rows.
+    sizes = *product([4_000], (CIFAR, *SMALL)), *product([40_000], (CIFAR, *SMALL[1:]))
+    for (steps, dataset), name in product(sizes, ("simclr", "byol")):
         epochs = steps // 400 if dataset == CIFAR else round(steps / (DATASETS[dataset][0] // 128))
         frozen = Evaluation((100, 200, "all"), dataset=SMALL[-1])
         baselines = " --baselines" * (name == "simclr" and dataset == SMALL[1])
