@@ -594,8 +594,8 @@ def started_at(run, args):
     log = checkpoint_of(run, args).with_suffix(".log")
     if not log.exists():
         return args.commit, {}
-    _, commit, *machine = log.read_text().splitlines()[0].split(maxsplit=2)
-    return commit, json.loads(*machine) if machine else {}
+    first = re.match(r"commit (\S+) ({.*})?", log.read_text())  # earlier ones name no machine
+    return first[1], json.loads(first[2] or "{}")
 
 
 def work(runs, rows, args):
