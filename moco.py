@@ -221,9 +221,7 @@ def save(args, model, optimizer, metrics):
     """Write a checkpoint under another name, then rename it: a crash spares the old one."""
     loss, weights = metrics[-1]["loss"], model.state_dict()
     if not math.isfinite(loss) or not all(x.isfinite().all() for x in weights.values()):
-        sys.exit(
-            f"epoch {len(metrics)}: the loss ({loss:.3g}) or a weight is not finite: lower --lr"
-        )
+        sys.exit(f"epoch {len(metrics)}: loss {loss:.3g} or a weight is not finite: lower --lr")
     state = dict(model=weights, optimizer=optimizer.state_dict())
     try:
         torch.save(dict(args=vars(args), metrics=metrics, **state), f"{args.out}.tmp")
